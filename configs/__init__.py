@@ -1,0 +1,1 @@
+"""Recipes; installed as `jaxalign.configs`."""

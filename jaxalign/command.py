@@ -1,0 +1,89 @@
+"""What all commands share: flags in, one-line errors out, an exit status that can be trusted."""
+import os
+import pathlib
+import re
+import sys
+
+from absl import flags
+
+from jaxalign.configs_lib import recipe_path
+from jaxalign.errors import UserError
+
+
+class Flags(flags.FlagValues):
+  """The flags of one command: its own, so that several commands can be imported together."""
+
+  def define(self, kind: str, *args, **kwargs) -> flags.FlagHolder:
+    """Like absl's `DEFINE_kind`."""
+    return getattr(flags, f"DEFINE_{kind}")(*args, flag_values=self, **kwargs)
+
+
+def run_command(main, flag_values: Flags, required: tuple[str, ...] = (),
+                argv: list[str] | None = None) -> int:
+  """Parses `flag_values`, calls `main(argv)` and returns the exit status.
+
+  0 if the command finished; 2 with one line on stderr if the user can mend it. Anything else is a
+  bug and keeps its traceback.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print((sys.modules[main.__module__].__doc__ or "").strip() + "\n\nFlags:\n")
+    for name in flag_values:
+      print(f"  --{name}: {flag_values[name].help} (default: {flag_values[name].default})")
+    return 0
+  try:
+    main(_parse(argv, flag_values, required))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues the run", file=sys.stderr)
+    return 130
+  return 0
+
+
+def _parse(argv, flag_values, required):
+  for i, arg in enumerate(argv[1:-1], 1):
+    if arg == "--config":                      # the spelling with a blank
+      argv[i:i + 2] = [f"--config={argv[i + 1]}"]
+      break
+  argv = [argv[0]] + [_shipped(arg) for arg in argv[1:]]
+  try:
+    rest = flag_values(argv)
+  except UserError:
+    raise
+  except SystemExit:
+    raise
+  # The config file and its overrides are evaluated inside absl, which lets any of these through.
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError,
+          ImportError) as error:
+    raise UserError(_explain(error, argv)) from error
+  for name in required:
+    if flag_values[name].value is None:
+      raise UserError(f"--{name} is required")
+  if len(rest) > 1:
+    raise UserError(f"unexpected argument {rest[1]!r}")
+  return rest
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+  """One line; names the override at fault where absl says only which word it did not find."""
+  text = " ".join(str(error).split())
+  if isinstance(error, (AttributeError, KeyError)):
+    missing = re.search(r"\w+", text)        # the first word; "did you mean" comes after it
+    for arg in argv:
+      key = arg.removeprefix("--config.").split("=")[0]
+      if missing and arg.startswith("--config.") and missing[0] in key.split("."):
+        return f"config key {key} is unknown ({arg})"
+  return text
+
+
+def _shipped(arg: str) -> str:
+  """`--config=jaxalign:NAME` -> the file of that recipe; checks that a named file exists."""
+  if not arg.startswith("--config="):
+    return arg
+  name = recipe_path(arg.removeprefix("--config="))
+  file = name.split(".py")[0] + ".py"
+  if not pathlib.Path(file).is_file():
+    raise UserError(f"--config={name}: no such file (in {os.getcwd()})")
+  return f"--config={name}"

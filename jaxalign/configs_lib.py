@@ -1,0 +1,348 @@
+"""Configs: typed defaults, recipes as ConfigDicts, validated frozen dataclasses.
+
+A recipe's `get_config(arg)` starts from `default(method)`, a locked ConfigDict with every key, and
+sets what it wants otherwise; the command line overrides single keys; `parse` turns the result into
+dataclasses that check types, ranges and batch algebra. No other place has defaults.
+"""
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import typing
+
+import ml_collections
+
+from jaxalign import methods
+from jaxalign.errors import UserError
+from jaxalign.methods.optimizer import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The pretrained model and what of it is trained.
+
+  Attributes:
+    path: diffusers directory or hub id; `jaxalign:emoji` is the embedded model, `jaxalign:fixture`
+      a random-weight one for tests.
+    adapter: "lora", or "full" for all weights of the UNet.
+    lora_rank, lora_targets: width of the adapter, and which layers have one: "attention", "ff",
+      "conv".
+    dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
+    remat: "none", or "block" to keep less activation memory in gradients.
+  """
+  path: str = "jaxalign:emoji"
+  adapter: str = "lora"
+  lora_rank: int = 16
+  lora_targets: tuple[str, ...] = ("attention",)
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def __post_init__(self):
+    _choice("model.adapter", self.adapter, ("lora", "full"))
+    _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+    _choice("model.remat", self.remat, ("none", "block"))
+    for target in self.lora_targets:
+      _choice("model.lora_targets", target, ("attention", "ff", "conv"))
+    _at_least("model.lora_rank", self.lora_rank, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+  """What is maximised: a weighted sum.
+
+  Attributes:
+    names: built-in names or `path/to/file.py:function`.
+    weights: one factor a name.
+  """
+  names: tuple[str, ...] = ("emoji_clip",)
+  weights: tuple[float, ...] = (1.0,)
+
+  def __post_init__(self):
+    if not self.names:
+      raise UserError("reward.names is empty")
+    if len(self.names) != len(self.weights):
+      raise UserError(f"reward.weights has {len(self.weights)} values for {len(self.names)} names")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Prompts, one a line: text files, or `jaxalign:NAME` for a file shipped with the package.
+
+  Attributes:
+    prompts: drawn uniformly in training.
+    eval_prompts: held out; base and tuned model are compared on these.
+  """
+  prompts: str = "jaxalign:emoji_train"
+  eval_prompts: str = "jaxalign:emoji_heldout"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """The sampler, in training and in evaluation.
+
+  Attributes:
+    batch: trajectories per update, over all devices.
+    steps: denoising steps T. guidance: classifier-free guidance scale, 1 is off.
+    kind: "ddim" or "ddpm". eta: ddim's noise in [0, 1]. variance: ddpm's, "small" or "large".
+    spacing: "leading", "trailing", "linspace", or empty for the checkpoint's.
+    final: "alpha0" (stochastic last step), "one", or empty for the checkpoint's.
+  """
+  batch: int = 16
+  steps: int = 20
+  guidance: float = 3.0
+  kind: str = "ddim"
+  eta: float = 1.0
+  variance: str = "small"
+  spacing: str = ""
+  final: str = "alpha0"
+
+  def __post_init__(self):
+    _at_least("sample.batch", self.batch, 1)
+    _at_least("sample.steps", self.steps, 1)
+    _at_least("sample.guidance", self.guidance, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Length of the run and what is kept of it.
+
+  Attributes:
+    steps: updates in all. max_seconds: training stops after this much training time; 0 is no limit.
+    checkpoint_every: updates between checkpoints. keep: how many of them are retained.
+    keep_best: export the checkpoint with the best judge score on watched prompts, not the last one.
+    patience: stop after this many evaluations in a row whose judge score is `tolerance` standard
+      errors below the base model's; 0 is never.
+    tolerance: see patience.
+  """
+  steps: int = 48
+  max_seconds: float = 0.0
+  checkpoint_every: int = 12
+  keep: int = 2
+  keep_best: bool = False
+  patience: int = 2
+  tolerance: float = 2.0
+
+  def __post_init__(self):
+    for key in ("steps", "checkpoint_every", "keep"):
+      _at_least(f"train.{key}", getattr(self, key), 1)
+    for key in ("max_seconds", "patience", "tolerance"):
+      _at_least(f"train.{key}", getattr(self, key), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices per mesh axis; `data=-1` takes all that the others leave."""
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    if self.data != -1:
+      _at_least("mesh.data", self.data, 1)
+    _at_least("mesh.fsdp", self.fsdp, 1)
+    _at_least("mesh.tensor", self.tensor, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Evaluation, always on the same prompts and noise.
+
+  Attributes:
+    prompts, samples: the first so many held-out prompts, and samples of each (0 prompts: all).
+    every: updates between the short evaluations that watch the run; 0 is never.
+    watch_prompts, watch_samples: size of those; on training prompts, so that what they select stays
+      apart from what is reported.
+    batch: samples per device program.
+    judge: held-out scorer, never optimised; its features measure diversity.
+    path_kl: whether the tuned model's path KL to the base is measured (as many denoiser calls
+      again).
+  """
+  prompts: int = 32
+  samples: int = 8
+  every: int = 12
+  watch_prompts: int = 16
+  watch_samples: int = 4
+  batch: int = 64
+  judge: str = "emoji_judge"
+  path_kl: bool = True
+
+  def __post_init__(self):
+    for key in ("samples", "watch_samples"):
+      _at_least(f"eval.{key}", getattr(self, key), 2)
+    for key in ("watch_prompts", "batch"):
+      _at_least(f"eval.{key}", getattr(self, key), 1)
+    for key in ("prompts", "every"):
+      _at_least(f"eval.{key}", getattr(self, key), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """What is written beside metrics.jsonl.
+
+  Attributes:
+    tensorboard: also write event files. grid_prompts: rows of the sample pictures.
+  """
+  tensorboard: bool = True
+  grid_prompts: int = 8
+
+  def __post_init__(self):
+    _at_least("log.grid_prompts", self.grid_prompts, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run, resolved and checked. `method` is the `Config` of the method's module."""
+  recipe: str
+  method_name: str
+  seed: int
+  model: ModelConfig
+  method: typing.Any
+  reward: RewardConfig
+  data: DataConfig
+  sample: SampleConfig
+  train: TrainConfig
+  optim: OptimConfig
+  mesh: MeshConfig
+  eval: EvalConfig
+  log: LogConfig
+
+  def __post_init__(self):
+    if self.sample.batch % self.parts:
+      raise UserError(f"sample.batch={self.sample.batch} does not divide into method.minibatches x "
+                      f"optim.accumulate = {self.parts} parts")
+
+  @property
+  def parts(self) -> int:
+    """Micro-batches that `sample.batch` is cut into."""
+    return getattr(self.method, "minibatches", 1) * self.optim.accumulate
+
+  def check_devices(self, shards: int) -> None:
+    """Raises UserError unless every batch divides over `shards` shards of the batch axis."""
+    for key, size in (("sample.batch", self.sample.batch), ("eval.batch", self.eval.batch)):
+      if size % shards:
+        raise UserError(f"{key}={size} does not divide over {shards} devices "
+                        "(mesh.data x mesh.fsdp)")
+    part = self.sample.batch // self.parts
+    if part % shards:
+      raise UserError(f"sample.batch={self.sample.batch} in {self.parts} parts (method.minibatches "
+                      f"x optim.accumulate) leaves {part} trajectories for {shards} devices")
+
+  def to_dict(self) -> dict:
+    """Nested plain values, as written to config.json."""
+    out = dataclasses.asdict(self)
+    out["method"] = {"name": out.pop("method_name"), **out["method"]}
+    return json.loads(json.dumps(out))
+
+
+GROUPS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in (
+    "recipe", "method_name", "seed", "method")}
+
+
+def default(method: str, recipe: str = "") -> ml_collections.ConfigDict:
+  """Locked ConfigDict with all keys of a run of `method`, at their defaults."""
+  as_dict = lambda cls: {f.name: f.default for f in dataclasses.fields(cls)}
+  tree = {name: as_dict(cls) for name, cls in GROUPS.items()}
+  tree["method"] = {"name": method, **as_dict(methods.load(method).Config)}
+  config = ml_collections.ConfigDict({"recipe": recipe or method, "seed": 0, **tree})
+  return config.lock()
+
+
+def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:
+  """`"smoke,release"` -> `("smoke", ["release"])`; the first size is the default.
+
+  Raises:
+    UserError: a word that is neither a size nor a preset.
+  """
+  words = [word for word in (arg or "").split(",") if word]
+  for word in words:
+    if word not in sizes and word not in presets:
+      known = ", ".join((*sizes, *presets))
+      raise UserError(f"recipe argument {word!r} is unknown; there are {known}")
+  chosen = [word for word in words if word in sizes]
+  return (chosen or [sizes[0]])[-1], [word for word in words if word in presets]
+
+
+def make_smoke(config: ml_collections.ConfigDict) -> None:
+  """Shrinks a recipe to seconds: random weights, rule reward, three updates, tiny evaluations."""
+  config.model.path = "jaxalign:fixture"
+  config.model.lora_rank = 4
+  config.reward.names, config.reward.weights = ("brightness",), (1.0,)
+  config.sample.batch, config.sample.steps = 8, 4
+  config.train.steps, config.train.checkpoint_every = 3, 1
+  config.eval.prompts, config.eval.samples, config.eval.batch = 4, 2, 8
+  config.eval.watch_prompts, config.eval.watch_samples, config.eval.every = 2, 2, 2
+  config.log.grid_prompts = 2
+
+
+def parse(config: ml_collections.ConfigDict | dict) -> Config:
+  """ConfigDict, or the content of config.json, -> checked dataclasses.
+
+  Raises:
+    UserError: an unknown or missing key, a wrong type, a value out of range; names the key.
+  """
+  tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  for key in ("recipe", "seed", "method", *GROUPS):
+    if key not in tree:
+      raise UserError(f"config key {key} is missing")
+  for key in tree:
+    if key not in ("recipe", "seed", "method", *GROUPS):
+      raise UserError(f"config key {key} is unknown")
+  method = dict(tree["method"])
+  name = method.pop("name", None)
+  groups = {key: _build(cls, key, tree[key]) for key, cls in GROUPS.items()}
+  return Config(recipe=tree["recipe"], method_name=name, seed=_typed("seed", int, tree["seed"]),
+                method=_build(methods.load(name).Config, "method", method), **groups)
+
+
+def recipe_path(name: str) -> str:
+  """`jaxalign:NAME[:ARG]` -> file of the shipped recipe, with `:ARG` kept; others unchanged."""
+  if not name.startswith("jaxalign:"):
+    return name
+  recipe, _, arg = name.removeprefix("jaxalign:").partition(":")
+  spec = importlib.util.find_spec("jaxalign.configs")
+  folders = [pathlib.Path(p) for p in (spec.submodule_search_locations if spec else ())]
+  folders.append(pathlib.Path(__file__).resolve().parent.parent / "configs")
+  for folder in folders:
+    path = folder / f"{recipe}.py"
+    if path.is_file():
+      return f"{path}:{arg}" if arg else str(path)
+  known = sorted({p.stem for f in folders if f.is_dir() for p in f.glob("[a-z]*.py")})
+  raise UserError(f"--config={name}: no recipe {recipe!r}; there are {', '.join(known)}")
+
+
+def _build(cls, group: str, values: dict):
+  fields = typing.get_type_hints(cls)
+  for key in values:
+    if key not in fields:
+      known = ", ".join(sorted(fields))
+      raise UserError(f"config key {group}.{key} is unknown; {group} has {known}")
+  for key in fields:
+    if key not in values:
+      raise UserError(f"config key {group}.{key} is missing")
+  return cls(**{key: _typed(f"{group}.{key}", kind, values[key]) for key, kind in fields.items()})
+
+
+def _typed(key: str, kind, value):
+  """The value as its declared type; ints pass as floats and lists as tuples, nothing else bends."""
+  if kind is float and type(value) is int:
+    return float(value)
+  if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
+    inner = typing.get_args(kind)[0]
+    return tuple(_typed(f"{key}[{i}]", inner, v) for i, v in enumerate(value))
+  if type(value) is not kind:
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+    raise UserError(f"config key {key}={value!r} is of type {type(value).__name__}, not {wanted}")
+  if kind is float and not math.isfinite(value):
+    raise UserError(f"config key {key}={value!r} is not a finite number")
+  return value
+
+
+def _choice(key, value, choices):
+  if value not in choices:
+    raise UserError(f"{key}={value!r} is not one of {choices}")
+
+
+def _at_least(key, value, low):
+  if value < low:
+    raise UserError(f"{key}={value} is below {low}")

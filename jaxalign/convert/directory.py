@@ -1,0 +1,212 @@
+"""Pipeline directories in diffusers' layout, for its PyTorch and its Flax classes."""
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import tempfile
+
+import jax
+
+from jaxalign.convert import weights
+from jaxalign.errors import UserError
+from jaxalign.models.pipeline import MODELS, Pipeline
+from jaxalign.models.tokenizer import Tokenizer
+
+FORMATS = ("diffusers", "flax")
+PIPELINES = ("StableDiffusionPipeline",)
+
+# Component -> (library, supported classes; None for any). Flax names carry the prefix "Flax".
+_COMPONENTS = {
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL",)),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "scheduler": ("diffusers", None),
+}
+_CONFIG_FILES = {name: "config.json" for name in MODELS} | {"scheduler": "scheduler_config.json"}
+_FLAX_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
+                    "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler")
+
+
+def load_pipeline(path, *, dtype="float32", remat: str = "none") -> Pipeline:
+  """Reads a Stable Diffusion checkpoint.
+
+  Args:
+    path: directory in diffusers' layout with safetensors (one file or sharded) or Flax msgpack
+      weights; or a hub id `organisation/name`, if `huggingface_hub` is installed.
+    dtype: what the networks compute in; parameters are f32 in any case.
+    remat: "none" or "block", see `UNet2DConditionModel`.
+  Raises:
+    UserError: one line that names the file or config key at fault.
+  """
+  folder = _resolve(path)
+  configs = {"model_index": _read_json(folder / "model_index.json")}
+  _check_index(folder / "model_index.json", configs["model_index"])
+  for name in _COMPONENTS:
+    if not (folder / name).is_dir():
+      raise UserError(f"{folder / name}: component is missing")
+  for name, file in _CONFIG_FILES.items():
+    configs[name] = _read_json(folder / name / file)
+  tokenizer = Tokenizer.load(folder / "tokenizer")
+  try:
+    pipeline = Pipeline.build(configs, tokenizer, {}, dtype=dtype, remat=remat)
+  except UserError as error:
+    raise UserError(f"{folder}: {error}") from error
+  shapes = pipeline.param_shapes()
+  params, stored, extras = {}, {}, {}
+  for name in MODELS:
+    params[name], stored[name], extras[name] = weights.load(folder / name, name, shapes[name])
+  return dataclasses.replace(pipeline, params=params, stored=stored, extras=extras)
+
+
+def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params=None,
+                  dtype: str | None = None) -> None:
+  """Writes a checkpoint directory; a new one appears whole or not at all.
+
+  A checkpoint already at `path` has its components replaced, once the new ones are on disk; other
+  files in it stay.
+
+  Args:
+    pipeline: what to write.
+    path: the directory; new, empty, or a checkpoint.
+    format: "diffusers" for `StableDiffusionPipeline`, "flax" for `FlaxStableDiffusionPipeline`.
+    params: `{"unet": tree, ...}` to write instead of the pipeline's own; may name some models only.
+    dtype: "float32", "float16" or "bfloat16"; None keeps each tensor as it was stored.
+  Raises:
+    UserError: `path` holds something else, or the model does not exist in that format.
+  """
+  if format not in FORMATS:
+    raise UserError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
+  if dtype is not None and dtype not in weights.DTYPES:
+    raise UserError(f"dtype: {dtype!r} is not one of {', '.join(weights.DTYPES)}")
+  params = {**pipeline.params, **(params or {})}
+  _check_params(pipeline.params, params)
+  path = pathlib.Path(path)
+  if path.exists() and not (path / "model_index.json").is_file() and (
+      not path.is_dir() or any(path.iterdir())):
+    raise UserError(f"{path}: exists and is not a checkpoint; not overwritten")
+  configs = _export_configs(pipeline.configs, format, dtype)
+  path = path.resolve()  # renames need the real folder's file system
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+    new = pathlib.Path(temporary) / "new"
+    for name, file in _CONFIG_FILES.items():
+      (new / name).mkdir(parents=True)
+      _write_json(new / name / file, configs[name])
+    for name in MODELS:
+      weights.save(new / name, name, params[name], pipeline.stored.get(name, {}),
+                   pipeline.extras.get(name, {}), format=format, dtype=dtype)
+    pipeline.tokenizer.save(new / "tokenizer")
+    _write_json(new / "model_index.json", configs["model_index"])
+    if not path.exists():
+      os.rename(new, path)
+      return
+    # The index goes first and comes back last: in between, the directory is not a checkpoint.
+    (path / "model_index.json").unlink(missing_ok=True)
+    for name in (*_COMPONENTS, "model_index.json"):
+      if (path / name).exists():
+        os.rename(path / name, pathlib.Path(temporary) / f"old_{name}")
+      os.rename(new / name, path / name)
+
+
+def _resolve(path) -> pathlib.Path:
+  """The local directory of `path`, downloaded if it can only be a hub id."""
+  folder = pathlib.Path(path)
+  if folder.is_dir():
+    if not (folder / "model_index.json").is_file():
+      raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json")
+    return folder
+  if folder.exists():
+    raise UserError(f"{folder}: not a directory")
+  if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+    raise UserError(f"{path}: not a directory, nor a hub id of the form organisation/name")
+  if importlib.util.find_spec("huggingface_hub") is None:
+    raise UserError(f"{path}: not a directory; a download from the hub needs huggingface_hub")
+  import huggingface_hub
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        str(path), allow_patterns=["model_index.json"] + [f"{name}/*" for name in _COMPONENTS],
+        ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*"]))
+  except Exception as error:  # the library raises its own errors and those of its HTTP client
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{path}: not a directory, and the hub download failed: {reason}") from error
+
+
+def _read_json(file: pathlib.Path) -> dict:
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+  except ValueError as error:
+    raise UserError(f"{file}: not valid JSON ({error})") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{file}: not a JSON object")
+  return content
+
+
+def _write_json(file: pathlib.Path, content: dict) -> None:
+  file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_index(file: pathlib.Path, index: dict) -> None:
+  kind = str(index.get("_class_name"))
+  if kind.removeprefix("Flax") not in PIPELINES:
+    raise UserError(f"{file}: _class_name {kind!r} is not supported (only {', '.join(PIPELINES)} "
+                    "and its Flax form)")
+  for name, (_, classes) in _COMPONENTS.items():
+    value = index.get(name)
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
+      raise UserError(f"{file}: component {name!r} is missing")
+    if classes and value[1].removeprefix("Flax") not in classes:
+      raise UserError(f"{file}: {name} of class {value[1]!r} is not supported "
+                      f"(only {' or '.join(classes)})")
+
+
+def _check_params(own: dict, given: dict) -> None:
+  """ValueError unless `given` has the names and shapes of the pipeline's own parameters."""
+  for name in MODELS:
+    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree[name]) for tree in (own, given)]
+    if shapes[0] != shapes[1]:
+      raise ValueError(f"params: the {name} tree differs from the pipeline's in names or shapes")
+
+
+def _export_configs(configs: dict[str, dict], format: str, dtype: str | None) -> dict[str, dict]:
+  """The JSON files for `format`: class names changed where needed, everything else kept."""
+  prefix = "Flax" if format == "flax" else ""
+  renamed = lambda name: prefix + name.removeprefix("Flax")
+  configs = {name: dict(config) for name, config in configs.items()}
+  if format == "flax":
+    _check_flax(configs)
+  for name in ("unet", "vae", "scheduler"):
+    if "_class_name" in configs[name]:
+      configs[name]["_class_name"] = renamed(configs[name]["_class_name"])
+  for key in ("dtype", "torch_dtype"):  # newer transformers versions load in this dtype
+    if dtype and key in configs["text_encoder"]:
+      configs["text_encoder"][key] = dtype
+  index = configs["model_index"]
+  index["_class_name"] = renamed(index["_class_name"])
+  for name in (*MODELS, "scheduler"):
+    index[name] = [index[name][0], renamed(index[name][1])]
+  # Components that we neither need nor carry, such as the safety checker, are declared absent.
+  for name in ("feature_extractor", "image_encoder", "safety_checker"):
+    index[name] = [None, None]
+  index["requires_safety_checker"] = False
+  if format == "flax":
+    # The Flax class takes "absent" only with the library named, and has no other optional parts.
+    index["feature_extractor"] = ["transformers", None]
+    index["safety_checker"] = ["stable_diffusion", None]
+    del index["image_encoder"], index["requires_safety_checker"]
+  return configs
+
+
+def _check_flax(configs: dict[str, dict]) -> None:
+  """UserError where diffusers' Flax classes would silently compute something else."""
+  for model, key, only in (("unet", "norm_num_groups", (32,)), ("unet", "norm_eps", (1e-5,)),
+                           ("vae", "shift_factor", (None, 0, 0.0))):
+    if configs[model].get(key, only[0]) not in only:
+      raise UserError(f"format: flax has no {model} with {key} = {configs[model][key]!r}")
+  scheduler = configs["model_index"]["scheduler"][1].removeprefix("Flax")
+  if scheduler not in _FLAX_SCHEDULERS:
+    raise UserError(f"format: flax has no scheduler {scheduler}")

@@ -1,0 +1,152 @@
+"""One network's weight files: found, read, checked tensor by tensor, and written."""
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import serialization, traverse_util
+
+from jaxalign.convert import names
+from jaxalign.errors import UserError
+from jaxalign.models.pipeline import Stored
+
+DTYPES = ("float32", "float16", "bfloat16")
+_SHOWN = 3  # tensors named per kind of mismatch
+
+
+def _base(model: str, format: str) -> str:
+  """The file name that transformers (text encoder) and diffusers (the rest) look for."""
+  if format == "flax":
+    return "flax_model.msgpack" if model == "text_encoder" else "diffusion_flax_model.msgpack"
+  return "model.safetensors" if model == "text_encoder" else "diffusion_pytorch_model.safetensors"
+
+
+def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    with safetensors.safe_open(file, "np") as tensors:
+      return {name: tensors.get_tensor(name) for name in tensors.keys()}
+  except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+    raise UserError(f"{file}: missing, truncated or corrupt safetensors file ({error})") from error
+
+
+def _read_sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    files = json.loads(index.read_text())["weight_map"]
+    shards = sorted({str(shard) for shard in files.values()})
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{index}: not a safetensors index (no valid weight_map)") from error
+  tensors = {}
+  for shard in shards:
+    tensors.update(_read_safetensors(index.parent / shard))
+  return tensors
+
+
+def _read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    tree = serialization.msgpack_restore(file.read_bytes())
+    return traverse_util.flatten_dict(tree, sep="/")
+  except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
+    raise UserError(f"{file}: truncated or corrupt msgpack file "
+                    f"({type(error).__name__})") from error
+
+
+def _read(folder: pathlib.Path, model: str) -> tuple[pathlib.Path, str, dict[str, np.ndarray]]:
+  """The weight file of `folder`, its format and its tensors under their own names."""
+  torch, flax = _base(model, "diffusers"), _base(model, "flax")
+  half = torch.replace(".safetensors", ".fp16.safetensors")
+  for name, read, format in ((torch, _read_safetensors, "diffusers"),
+                             (f"{torch}.index.json", _read_sharded, "diffusers"),
+                             (half, _read_safetensors, "diffusers"),
+                             (flax, _read_msgpack, "flax")):
+    if (folder / name).is_file():
+      return folder / name, format, read(folder / name)
+  pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt")]
+  if pickled:
+    raise UserError(f"{folder / pickled[0]}: pickled weights are refused, they can run code when "
+                    f"loaded; convert them to {torch}")
+  raise UserError(f"{folder}: no weights, looked for {torch}, {torch}.index.json, {half}, {flax}")
+
+
+def _check(file: pathlib.Path, expected: dict[str, tuple], tensors: dict[str, np.ndarray]) -> None:
+  """UserError unless `tensors` has exactly the expected names, shapes and some known dtype."""
+  problems = {
+      "missing": [name for name in expected if name not in tensors],
+      "unexpected": [name for name in tensors if name not in expected],
+      "wrong shape": [f"{name} {tensors[name].shape} instead of {shape}"
+                      for name, shape in expected.items()
+                      if name in tensors and tensors[name].shape != shape],
+      "wrong dtype": [f"{name} {tensors[name].dtype}" for name in expected
+                      if name in tensors and str(tensors[name].dtype) not in DTYPES],
+  }
+  found = [f"{len(items)} {kind}: " + ", ".join(sorted(items)[:_SHOWN])
+           + (", ..." if len(items) > _SHOWN else "")
+           for kind, items in problems.items() if items]
+  if found:
+    raise UserError(f"{file}: tensors do not fit config.json ({'; '.join(found)})")
+
+
+def load(folder: pathlib.Path, model: str, shapes) -> tuple[Any, dict, dict]:
+  """Reads one network.
+
+  Args:
+    folder: holds the weight file or files.
+    model: "unet", "vae" or "text_encoder".
+    shapes: the expected tree of `jax.ShapeDtypeStruct`.
+  Returns:
+    The tree of numpy f32 arrays, `Stored` by parameter path, and tensors that are no parameters.
+  Raises:
+    UserError: no usable weights, or they do not fit `shapes`.
+  """
+  file, format, tensors = _read(folder, model)
+  shapes = {path: leaf.shape for path, leaf in
+            traverse_util.flatten_dict(shapes, sep="/").items()}
+  # Buffers that old transformers versions saved; kept for the way back.
+  extras = {name: tensors.pop(name) for name in sorted(tensors) if name.endswith("position_ids")}
+  standard = {path: names.torch_name(path) for path in shapes}
+  if model == "vae":  # old files keep the old attention names, which are also the Flax ones
+    standard = {path: name if format == "diffusers" and name in tensors
+                else names.new_vae_name(name) for path, name in standard.items()}
+  if format == "flax":
+    _check(file, shapes, tensors)
+    arrays = tensors
+  else:
+    _check(file, {standard[p]: names.torch_shape(p, s) for p, s in shapes.items()}, tensors)
+    arrays = {path: names.from_torch(path, tensors[standard[path]]) for path in shapes}
+  stored = {path: Stored(standard[path], str(arrays[path].dtype)) for path in shapes}
+  params = {path: np.asarray(arrays[path], np.float32) for path in shapes}
+  return traverse_util.unflatten_dict(params, sep="/"), stored, extras
+
+
+def _cast(path: str, x, dtype: str) -> np.ndarray:
+  x = np.asarray(x)
+  with np.errstate(over="ignore"):
+    y = x.astype(jnp.dtype(dtype))
+  if dtype == "float16" and np.isinf(y).any() and np.isfinite(x).all():
+    raise UserError(f"dtype: {path} does not fit float16 (largest value {np.abs(x).max():.3g}); "
+                    "save as bfloat16 or float32")
+  return y
+
+
+def save(folder: pathlib.Path, model: str, params, stored: dict[str, Stored],
+         extras: dict[str, np.ndarray], *, format: str, dtype: str | None) -> None:
+  """Writes one network's weight file; `dtype` None keeps each tensor's own (f32 if new)."""
+  arrays = {}
+  for path, x in traverse_util.flatten_dict(params, sep="/").items():
+    name = names.new_vae_name(names.torch_name(path)) if model == "vae" else names.torch_name(path)
+    target = stored.get(path, Stored(name, "float32"))
+    x = _cast(path, x, dtype or target.dtype)
+    if format == "flax":
+      arrays[path] = x
+    else:
+      arrays[target.name] = names.to_torch(path, x)
+  file = folder / _base(model, format)
+  if format == "flax":
+    tree = traverse_util.unflatten_dict(arrays, sep="/")
+    file.write_bytes(serialization.msgpack_serialize(tree))
+  else:
+    # transformers refuses a file that does not say who wrote it.
+    safetensors.numpy.save_file({**arrays, **extras}, file, metadata={"format": "pt"})

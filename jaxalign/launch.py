@@ -1,0 +1,37 @@
+"""Command line: `python -m jaxalign.launch --config=configs/RECIPE.py[:ARG] [--config.KEY=VALUE]`.
+
+Parses, validates and runs, nothing else. The same command again continues a run.
+"""
+import pathlib
+import sys
+
+import jax
+from ml_collections import config_flags
+
+from jaxalign import configs_lib
+from jaxalign.command import Flags, run_command
+
+_FLAGS = Flags()
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe: a file, or jaxalign:NAME for a shipped one; :ARG chooses a variant.",
+    lock_config=True, flag_values=_FLAGS)
+_WORKDIR = _FLAGS.define("string", "workdir", None, "Folder of the run; runs/RECIPE by default.")
+_DRY_RUN = _FLAGS.define("bool", "dry_run", False,
+                         "Print config, parameters, sharding and cost; run nothing.")
+
+
+def main(argv) -> None:
+  del argv
+  cfg = configs_lib.parse(_CONFIG.value)
+  if _DRY_RUN.value:
+    from jaxalign.train.dry_run import describe
+    print(describe(cfg))
+    return
+  from jaxalign.train.loop import run
+  jax.config.update("jax_threefry_partitionable", True)
+  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-"))
+  run(cfg, workdir)
+
+
+if __name__ == "__main__":
+  sys.exit(run_command(main, _FLAGS, required=("config",)))

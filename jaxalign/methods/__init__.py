@@ -1,0 +1,87 @@
+"""Alignment methods: what they are given, what they return, and their names.
+
+A method is a record of pure functions in one file of this folder. It sees `Models` (static
+functions and the sampler) and trees of arrays, never a network class, a mesh or a file.
+"""
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxalign.errors import UserError
+from jaxalign.sampling import Sampler, Schedule
+
+# name -> module that offers `Config` (a validated dataclass) and `make(models, cfg) -> Method`.
+METHODS = {
+    "nabla_gfn": "jaxalign.methods.nabla_gfn",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowNet:
+  """A small trainable network with a latent-shaped output that starts at zero."""
+  init: Callable      # (key) -> params
+  apply: Callable     # (params, x_t, t, cond) -> [B, ...] f32
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """Everything a method may call. Weights are arguments of these functions, never part of them.
+
+  Attributes:
+    denoise: `(variables, x_t [B,...], t [] or [B], cond) -> prediction [B,...]`.
+    schedule: converts predictions; sampler: the transitions; guidance: scale used in sampling and
+      in losses; latent_shape: `(h, w, c)`.
+    combine: `(policy | None, base) -> variables` for `denoise`; None switches the policy off and
+      gives the reference.
+    init_policy: `(key, base) -> policy`, the trainable part (LoRA factors, or a copy of the base).
+    decode: `(decoder params, latents) -> images [B,H,W,3] in [0, 1]`.
+    score: `(reward params, images, prepared) -> [B]` f32, or None where the reward is a black box.
+    flow: an auxiliary latent-valued network, or None.
+    frozen: `{"base", "decoder", "reward"}` trees of arrays.
+    reward_std: within-prompt standard deviation of the reward on the base model, in reward units.
+  """
+  denoise: Callable
+  schedule: Schedule
+  sampler: Sampler
+  guidance: float
+  latent_shape: tuple[int, ...]
+  combine: Callable
+  init_policy: Callable
+  decode: Callable
+  score: Callable | None
+  flow: FlowNet | None
+  frozen: Mapping[str, Any]
+  reward_std: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method as pure functions.
+
+  Attributes:
+    init: `(key, frozen, batch) -> state`. The state holds everything that changes: trainable
+      parameters, their average, optimiser, statistics, replay (shaped like what `batch` gives).
+    collect: `(state, frozen, batch, key) -> experience`. `batch` has `conditioning`, `prepared`
+      (arrays of the reward, one row a sample), `prompt_ids` and `sample_ids [B]`. The experience
+      has at least `final [B, h, w, c]`, the latents that the loop decodes and scores.
+    update: `(state, frozen, experience, rewards [B], key) -> (state, metrics)`; metrics are scalars
+      named `group/name`.
+    product: `(state) -> policy tree` to evaluate and export.
+    cost: `(batch size) -> ` counts per update: denoiser_forward, denoiser_backward, decodes,
+      reward_queries, reward_gradients (evaluations of one sample and one guidance branch).
+    tilt: `(state) -> beta`, in 1 / reward units, where the method's target is `p_ref exp(beta R)`.
+  """
+  init: Callable
+  collect: Callable
+  update: Callable
+  product: Callable
+  cost: Callable
+  tilt: Callable | None = None
+
+
+def load(name: str):
+  """The module of method `name`; raises UserError naming `method.name` if there is none."""
+  if name not in METHODS:
+    raise UserError(f"method.name={name!r} is unknown; choose one of {', '.join(sorted(METHODS))}")
+  return importlib.import_module(METHODS[name])

@@ -1,0 +1,88 @@
+"""Optimisation shared by all methods: optax chains, gradient accumulation, moving averages."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """Keys of the `optim` group.
+
+  Attributes:
+    lr: AdamW learning rate of the policy, reached after `warmup` optimiser steps.
+    decay_steps: cosine decay of the rate to 0 over this many optimiser steps after the warm-up; 0
+      is off and keeps the rate. A method may take several optimiser steps per update.
+    b1, b2: moment decays. eps: added to the root of the second moment; one that is large beside the
+      gradients makes AdamW plain momentum with rate `lr / eps`. weight_decay: decoupled.
+    clip_norm: of the global gradient norm; 0 is off.
+    accumulate: micro-batches per update; their gradients are averaged in f32.
+    ema: decay of the policy's moving average in (0, 1), warmed up; 0 is off and exports raw
+      weights.
+  """
+  lr: float = 3e-4
+  b1: float = 0.9
+  b2: float = 0.99
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  warmup: int = 0
+  decay_steps: int = 0
+  accumulate: int = 1
+  ema: float = 0.0
+
+  def __post_init__(self):
+    for key in ("lr", "eps", "weight_decay", "clip_norm", "warmup", "decay_steps"):
+      if getattr(self, key) < 0:
+        raise UserError(f"optim.{key}={getattr(self, key)} is negative")
+    for key in ("b1", "b2", "ema"):
+      if not 0 <= getattr(self, key) < 1:
+        raise UserError(f"optim.{key}={getattr(self, key)} is outside [0, 1)")
+    if self.accumulate < 1:
+      raise UserError(f"optim.accumulate={self.accumulate} is below 1")
+
+
+def learning_rate(cfg: OptimConfig) -> optax.Schedule:
+  """Learning rate as a function of the optimiser steps taken so far."""
+  main = (optax.cosine_decay_schedule(cfg.lr, cfg.decay_steps) if cfg.decay_steps
+          else optax.constant_schedule(cfg.lr))
+  if not cfg.warmup:
+    return main
+  return optax.join_schedules([optax.linear_schedule(0.0, cfg.lr, cfg.warmup), main], [cfg.warmup])
+
+
+def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+  """AdamW with optional clipping, linear warm-up and cosine decay."""
+  clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+  return optax.chain(clip, optax.adamw(
+      learning_rate(cfg), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
+
+
+def accumulated_gradients(grads_of, trainable, rows, key, parts: int):
+  """Mean over `parts` micro-batches of `grads_of(trainable, rows, key) -> (gradient, metrics)`.
+
+  `rows` is split along its leading axis, interleaved so that each device keeps rows of its own
+  shard. One part is as large as the next, so the mean of means is the mean over rows.
+  """
+  if parts == 1:
+    return grads_of(trainable, rows, key)
+  split = jax.tree.map(lambda a: a.reshape((-1, parts) + a.shape[1:]).swapaxes(0, 1), rows)
+
+  def body(total, inputs):
+    index, part = inputs
+    out = grads_of(trainable, part, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, out), None
+  shapes = jax.eval_shape(grads_of, trainable, jax.tree.map(lambda a: a[0], split), key)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total, _ = jax.lax.scan(body, zeros, (jnp.arange(parts), split))
+  return jax.tree.map(lambda a: a / parts, total)
+
+
+def ema_update(average, tree, decay: float, updates):
+  """Moving average with warmed decay `min(decay, (1 + n) / (10 + n))` after `n` updates."""
+  n = updates.astype(jnp.float32)
+  decay = jnp.minimum(decay, (1 + n) / (10 + n))
+  return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, tree)

@@ -1,0 +1,17 @@
+"""Metrics on plain arrays. `docs/metrics.md` is the glossary of the names they are logged under."""
+from jaxalign.metrics.divergence import (
+  frechet_distance,
+  frechet_with_floor,
+  gaussian_path_kl,
+)
+from jaxalign.metrics.samples import (
+  clustered_mean,
+  paired_difference,
+  pairwise_diversity,
+  tilt_expectation,
+  within_prompt_std,
+)
+
+__all__ = [
+  "clustered_mean", "frechet_distance", "frechet_with_floor", "gaussian_path_kl",
+  "paired_difference", "pairwise_diversity", "tilt_expectation", "within_prompt_std"]

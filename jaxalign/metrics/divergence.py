@@ -1,0 +1,89 @@
+"""Distances between the tuned and the base distribution."""
+import numpy as np
+
+
+def frechet_distance(a, b) -> float:
+  """Squared Frechet distance between Gaussians fitted to two sets of features, as in FID.
+
+    |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2)
+
+  with ddof-1 covariances. The last trace is the sum of the singular values of C_a^1/2 C_b^1/2,
+  where both roots come from `eigh`: unlike a root of the product it stays real and accurate when a
+  covariance is singular.
+
+  Biased upward by roughly D / n times the variance: compare only at equal n, and beside the floor
+  of `frechet_with_floor`.
+
+  Args:
+    a, b: `[N,D]` features, N >= 2 (each its own N), D <= 64: more would need thousands of samples.
+  Returns:
+    A number >= 0 in squared feature units.
+  Reference: Dowson & Landau 1982; Heusel et al. 2017.
+  """
+  a, b = _features("a", a), _features("b", b)
+  if a.shape[1] != b.shape[1]:
+    raise ValueError(f"a {a.shape} and b {b.shape} must have the same number of features")
+  root_a, trace_a = _root(a)
+  root_b, trace_b = _root(b)
+  cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
+  shift = ((a.mean(0) - b.mean(0)) ** 2).sum()
+  return float(max(0.0, shift + trace_a + trace_b - 2 * cross))
+
+
+def frechet_with_floor(tuned, base_a, base_b) -> dict:
+  """Distance from tuned to base, and what two draws of the base itself are apart at the same n.
+
+  Both are taken to `base_b`, whose noise neither `tuned` nor `base_a` shares: a model that has not
+  moved, sampled with the noise of `base_a`, lies exactly at the floor.
+
+  Args:
+    tuned, base_a, base_b: `[N,D]`, the same N. `tuned` may share its noise with `base_a` only.
+  Returns:
+    `distance` = FD(tuned, base_b), `floor` = FD(base_a, base_b), `n` = N.
+  """
+  if not len(tuned) == len(base_a) == len(base_b):
+    raise ValueError(f"the three sets must have the same size, not {len(tuned)}, {len(base_a)}, "
+                     f"{len(base_b)}: the distance depends on it")
+  return {"distance": frechet_distance(tuned, base_b), "floor": frechet_distance(base_a, base_b),
+          "n": len(tuned)}
+
+
+def gaussian_path_kl(delta_eps_sq_sums, sigma, lam):
+  """KL(tuned path || base path) of each trajectory, for samplers with Gaussian steps.
+
+    sum_k 1/2 s_k^2 lambda_k^2 ||eps_tuned - eps_base||_k^2
+
+  Averaged over trajectories **of the tuned policy** it is the KL between the two path measures, an
+  upper bound of the KL between the images.
+
+  Args:
+    delta_eps_sq_sums: `[T,B]` sums (not means) over h, w, c of the squared difference between the
+      noise predictions that both policies make at the same x_k.
+    sigma: `[T]` > 0, standard deviation s_k of each transition (no deterministic step).
+    lam: `[T]`, lambda_k, which turns a difference in eps into one in score:
+      (mu_tuned - mu_base) / s_k^2 = -lambda_k (eps_tuned - eps_base).
+  Returns:
+    `[B]` >= 0, in nats. Takes numpy or JAX arrays and stays what it was given.
+  Reference: KL of Gaussians of equal variance, ||mu - mu'||^2 / (2 s^2), summed by the chain rule.
+  """
+  steps = delta_eps_sq_sums.shape[:1]
+  if delta_eps_sq_sums.ndim != 2 or sigma.shape != steps or lam.shape != steps:
+    raise ValueError("delta_eps_sq_sums, sigma, lam must be [T,B], [T], [T], not "
+                     f"{delta_eps_sq_sums.shape}, {sigma.shape}, {lam.shape}")
+  return (0.5 * (sigma * lam)[:, None] ** 2 * delta_eps_sq_sums).sum(0)
+
+
+def _features(name, x):
+  x = np.asarray(x, np.float64)
+  if x.ndim != 2 or len(x) < 2 or x.shape[1] > 64:
+    raise ValueError(f"{name} must be [N,D] with N >= 2 and D <= 64, not {x.shape}")
+  if not np.isfinite(x).all():
+    raise ValueError(f"{name} has values that are not finite")
+  return x
+
+
+def _root(x):
+  """Symmetric root `[D,D]` of the covariance of `x [N,D]`, and the covariance's trace."""
+  covariance = np.atleast_2d(np.cov(x, rowvar=False))
+  values, vectors = np.linalg.eigh(covariance)
+  return (vectors * np.sqrt(values.clip(0))) @ vectors.T, np.trace(covariance)

@@ -1,0 +1,200 @@
+"""Layers that UNet and VAE share: Dense and Conv with LoRA, norms, attention, ResNet block.
+
+Parameters are f32; `dtype` is what a layer computes in. Dense and Conv read a second variable
+collection, `"lora"`: where it holds factors `a` and `b` at a layer's path, a low-rank path runs
+beside the kernel, so a frozen kernel never needs a gradient of its own size. The usual scale
+alpha / rank is part of the factors.
+"""
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.errors import UserError
+
+
+def _lora_factors(module: nn.Module, dtype):
+  """The adapter's `(a, b)` at this layer's path, or None where it has none."""
+  if not module.has_variable("lora", "a"):
+    return None
+  return tuple(module.get_variable("lora", name).astype(dtype) for name in "ab")
+
+
+def _add_bias(module: nn.Module, y):
+  bias = module.param("bias", nn.initializers.zeros, (y.shape[-1],), jnp.float32)
+  return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Dense(nn.Module):
+  """`[..., in] -> [..., features]`; adapter factors `a [in, r]`, `b [r, features]`."""
+  features: int
+  use_bias: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.astype(self.dtype)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(),
+                        (x.shape[-1], self.features), jnp.float32)
+    y = x @ kernel.astype(self.dtype)
+    if factors := _lora_factors(self, self.dtype):
+      a, b = factors
+      y = y + (x @ a) @ b
+    return _add_bias(self, y) if self.use_bias else y
+
+
+class Conv(nn.Module):
+  """`[B, H, W, in] -> [B, H', W', features]`; kernel HWIO; `padding` is (before, after) pixels.
+
+  The adapter is a convolution to the rank, `a [k, k, in, r]`, and a 1x1 one back, `b [r, out]`.
+  """
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  padding: tuple[int, int] = (1, 1)
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.astype(self.dtype)
+    size = self.kernel_size
+    kernel = self.param("kernel", nn.initializers.lecun_normal(),
+                        (size, size, x.shape[-1], self.features), jnp.float32)
+    convolve = lambda w: jax.lax.conv_general_dilated(
+        x, w, (self.stride,) * 2, (self.padding,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = convolve(kernel.astype(self.dtype))
+    if factors := _lora_factors(self, self.dtype):
+      a, b = factors
+      y = y + convolve(a) @ b
+    return _add_bias(self, y)
+
+
+# Norms compute in f32 and round their output to `dtype`, so that what a backward pass keeps of the
+# activation that follows is not f32. Two passes for the variance: activations with a large mean
+# lose it in one.
+
+
+def group_norm(groups: int, eps: float, dtype, name: str) -> nn.Module:
+  return nn.GroupNorm(num_groups=groups, epsilon=eps, dtype=dtype, use_fast_variance=False,
+                      name=name)
+
+
+def layer_norm(dtype, name: str) -> nn.Module:
+  return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def attend(q, k, v, heads: int):
+  """Multi-head attention `[B, L, D], [B, M, D], [B, M, D] -> [B, L, D]`, softmax in f32."""
+  q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+  # cuDNN's fused kernel (no [L, M] matrix in memory) has these limits on every supported GPU.
+  head_size = q.shape[-1]
+  fused = (jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+           and head_size <= 128 and head_size % 8 == 0)
+  out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+  return out.reshape(*out.shape[:2], -1)
+
+
+class ResnetBlock(nn.Module):
+  """`[B, h, w, c] -> [B, h, w, features]`, with the time embedding `[B, D]` added if given."""
+  features: int
+  groups: int
+  eps: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, time=None):
+    conv = lambda name: Conv(self.features, dtype=self.dtype, name=name)
+    norm = lambda name: group_norm(self.groups, self.eps, self.dtype, name)
+    h = conv("conv1")(nn.silu(norm("norm1")(x)))
+    if time is not None:
+      shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+      h = h + shift[:, None, None, :]
+    h = conv("conv2")(nn.silu(norm("norm2")(h)))
+    if x.shape[-1] != self.features:
+      x = Conv(self.features, 1, padding=(0, 0), dtype=self.dtype, name="conv_shortcut")(x)
+    return x + h
+
+
+class Downsample(nn.Module):
+  """Halves height and width by a strided convolution."""
+  padding: tuple[int, int]
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    return Conv(x.shape[-1], stride=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+  """Doubles height and width (nearest), cut to `size` if given, then convolves."""
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, size=None):
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    if size is not None:
+      x = x[:, :size[0], :size[1]]
+    return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)
+
+
+def read_config(kind, json_dict: dict, fixed: dict, where: str):
+  """The fields of dataclass `kind` out of a model's `config.json`.
+
+  Args:
+    kind: a dataclass whose fields are config keys with the defaults of keys left out.
+    json_dict: the parsed file. Keys with a leading underscore are notes and have no effect.
+    fixed: key -> values for which the model is exactly the one implemented here; `...` for any.
+    where: the class name, for error messages.
+  Raises:
+    UserError: names the first key whose value cannot be represented.
+  """
+  fields = {field.name for field in dataclasses.fields(kind)}
+  config = {}
+  for key, value in json_dict.items():
+    value = tuple(value) if isinstance(value, list) else value
+    if key in fields:
+      config[key] = value
+    elif key in fixed:
+      if fixed[key] is not ... and value not in fixed[key]:
+        raise UserError(f"{where} config: {key} = {value!r} is not supported "
+                        f"(only {' or '.join(map(repr, fixed[key]))})")
+    elif not key.startswith("_") and value not in (None, False):
+      raise UserError(f"{where} config: unknown key {key} = {value!r}")
+  return kind(**config)
+
+
+def check_positive(config, where: str, *keys: str) -> None:
+  """UserError unless the fields `keys` of `config` are positive integers."""
+  for key in keys:
+    value = getattr(config, key)
+    check_config(_is_positive(value), where, key, value, "a positive integer")
+
+
+def check_widths(config, where: str) -> None:
+  """UserError unless `block_out_channels` is a list that `norm_num_groups` divides."""
+  widths, groups = config.block_out_channels, config.norm_num_groups
+  check_config(isinstance(widths, tuple) and widths and all(map(_is_positive, widths)), where,
+               "block_out_channels", widths, "a list of positive integers")
+  check_config(all(w % groups == 0 for w in widths), where, "norm_num_groups", groups,
+               f"must divide block_out_channels {widths}")
+
+
+def per_block(value, count: int, where: str, key: str) -> tuple[int, ...]:
+  """`value` for each of `count` blocks, from one positive integer or a list of them."""
+  values = (value,) * count if isinstance(value, int) else value
+  check_config(isinstance(values, tuple) and len(values) == count and
+               all(map(_is_positive, values)), where, key, value,
+               f"a positive integer, or {count} of them")
+  return values
+
+
+def _is_positive(value) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_config(ok: bool, where: str, key: str, value, wanted: str) -> None:
+  """UserError naming `key` and `value` unless `ok`."""
+  if not ok:
+    raise UserError(f"{where} config: {key} = {value!r} is not supported ({wanted})")

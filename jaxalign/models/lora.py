@@ -1,0 +1,75 @@
+"""Low-rank adapters as plain trees: `{module path...: {"a", "b"}}`, mirrored on the parameters.
+
+Pass the tree as the `"lora"` collection, `model.apply({"params": p, "lora": tree}, ...)`, or
+`merge` it into the parameters. The scale alpha / rank of other libraries is part of the factors
+here, that is alpha == rank.
+"""
+import math
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+# Which kernels an adapter target covers; paths as in `down_blocks_0/resnets_0/conv1`.
+TARGETS = {
+    "attention": r"attn\d/to_(q|k|v|out_0)$",
+    "ff": r"ff/(net_0/proj|net_2)$",
+    "conv": r"(resnets_\d+/(conv1|conv2|conv_shortcut)|samplers_0/conv)$",
+}
+
+
+def init(key, params, rank: int, targets=("attention",)):
+  """New adapter: `a` Gaussian with standard deviation 1/rank (PEFT's "gaussian"), `b` zero.
+
+  The network's output does not change until `b` moves.
+
+  Args:
+    key: random key; a factor depends on it and on its own path only.
+    params: parameter tree of the network (arrays or `jax.ShapeDtypeStruct`).
+    rank: inner width, >= 1.
+    targets: names out of `TARGETS`.
+  Returns:
+    Nested dict of `a [..., in, rank]` and `b [rank, out]`, f32.
+  Raises:
+    ValueError: an unknown target, or one that matches no layer.
+  """
+  tree = {}
+  flat = traverse_util.flatten_dict(params, sep="/")
+  for target in targets:
+    if target not in TARGETS:
+      raise ValueError(f"targets: {target!r} is not one of {tuple(TARGETS)}")
+    paths = [p.removesuffix("/kernel") for p in sorted(flat) if p.endswith("/kernel")]
+    paths = [p for p in paths if re.search(TARGETS[target], p)]
+    if not paths:
+      raise ValueError(f"targets: {target!r} matches no layer of this network")
+    for path in paths:
+      shape = flat[f"{path}/kernel"].shape
+      path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+      tree[f"{path}/a"] = jax.random.normal(path_key, (*shape[:-1], rank), jnp.float32) / rank
+      tree[f"{path}/b"] = jnp.zeros((rank, shape[-1]), jnp.float32)
+  return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def merge(params, lora):
+  """Parameters with the adapter added to its kernels; the other leaves are shared, not copied.
+
+  Raises:
+    ValueError: the adapter has a layer that the parameters lack.
+  """
+  flat = traverse_util.flatten_dict(params, sep="/")
+  factors = traverse_util.flatten_dict(lora, sep="/")
+  for path in sorted({name.rsplit("/", 1)[0] for name in factors}):
+    kernel = f"{path}/kernel"
+    if kernel not in flat:
+      raise ValueError(f"lora: {path} is not a layer of these parameters")
+    # In f32 whatever the device's default, since the result replaces a master copy.
+    flat[kernel] = flat[kernel] + jnp.einsum("...ir,ro->...io", factors[f"{path}/a"],
+                                             factors[f"{path}/b"], precision="highest")
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def count(tree) -> int:
+  """Number of scalars in a tree of arrays or `jax.ShapeDtypeStruct`."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,255 @@
+"""Rewards: what the images are scored by.
+
+Two kinds behind one seam. A `Reward` is a pure JAX function: it runs on the device beside the
+model and gives gradients. A `HostReward` is a black box on uint8 images that the loop runs in
+threads while the device goes on. `make_reward` builds either from the config: built-in names, the
+user's own `path/to/file.py:function`, or a weighted sum of them.
+
+Other packages add rewards through the entry point group `jaxalign.rewards`; each entry point names
+a function without arguments that returns a `Reward` or a `HostReward`.
+"""
+import dataclasses
+import importlib
+import importlib.metadata
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, hence hashable: a static jit argument
+class Reward:
+  """A reward in JAX.
+
+  Attributes:
+    name: what logs and messages call it.
+    params: frozen weights, a pytree (`{}` for rules); always passed in, never closed over.
+    prepare: `list[str]` of P prompts -> dict of numpy arrays with leading axis P (`{}` if the
+      reward ignores the prompt). Runs on the host, once per prompt.
+    score: `(params, images [B,H,W,3] f32 in [0,1], prepared with leading axis B) -> [B]` f32. Pure.
+    range: values that `score` can take and their unit, in words.
+    differentiable: False if the gradient is zero or meaningless, as for a yes/no rule; methods that
+      climb reward gradients must refuse such a reward.
+    parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
+  """
+  name: str
+  params: Any
+  prepare: Callable[[list[str]], dict[str, np.ndarray]]
+  score: Callable[[Any, jax.Array, dict[str, jax.Array]], jax.Array]
+  range: str = ""
+  differentiable: bool = True
+  parts: tuple[tuple[str, float, "Reward"], ...] = ()
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Weight of each term; `score` is `weighted_sum(weights, terms(...))`."""
+    return {name: weight for name, weight, _ in self.parts} or {self.name: 1.0}
+
+  def terms(self, params, images, prepared) -> dict[str, jax.Array]:
+    """Each term's own `[B]` scores before weighting, for logs. Pure, like `score`."""
+    if not self.parts:
+      return {self.name: self.score(params, images, prepared)}
+    return {
+      name: _checked_trace(name, images, part.score(params[name], images, _pick(prepared, name)))
+      for name, _, part in self.parts}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostReward:
+  """A black-box reward on the host, without gradients.
+
+  Attributes:
+    name: what logs and messages call it.
+    score: `(images [B,H,W,3] uint8, list[str] of B prompts) -> [B]` np.float32. Called from
+      threads.
+    range: values that `score` can take and their unit, in words.
+    parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
+  """
+  name: str
+  score: Callable[[np.ndarray, list[str]], np.ndarray]
+  range: str = ""
+  parts: tuple[tuple[str, float, "HostReward"], ...] = ()
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Weight of each term; `score` is `weighted_sum(weights, terms(...))`."""
+    return {name: weight for name, weight, _ in self.parts} or {self.name: 1.0}
+
+  def terms(self, images, prompts) -> dict[str, np.ndarray]:
+    """Each term's own `[B]` scores before weighting, checked by `check_scores`, for logs."""
+    parts = self.parts or ((self.name, 1.0, self),)
+    return {name: check_scores(name, part.score(images, list(prompts)), prompts)
+            for name, _, part in parts}
+
+
+def _builtin(module: str, factory: str):
+  """A factory that imports its module only when it is called."""
+  return lambda: getattr(importlib.import_module(f"jaxalign.rewards.{module}"), factory)()
+
+
+REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
+  "color_match": _builtin("rules", "color_match"),
+  "color_accuracy": _builtin("rules", "color_accuracy"),
+  "brightness": _builtin("rules", "brightness"),
+  "jpeg_compressibility": _builtin("rules", "jpeg_compressibility"),
+  "jpeg_incompressibility": _builtin("rules", "jpeg_incompressibility"),
+  "emoji_clip": _builtin("emoji", "emoji_clip"),
+  "emoji_judge": _builtin("emoji", "emoji_judge"),
+}
+
+
+def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | HostReward:
+  """The weighted sum of the named rewards; a single name is a sum of one term.
+
+  If every term is a `Reward`, so is the sum: `params` and the keys of `prepare` are grouped by
+  term. If any term is a black box, the sum is a `HostReward` that jits the JAX terms inside.
+  `.terms` gives the terms one by one, `.weights` their weights.
+
+  Args:
+    names: config key `reward.names`: names in `REWARDS` or from an entry point, or
+      `path/to/file.py:function`. No name twice.
+    weights: config key `reward.weights`, one finite number for each name, in raw units of its term.
+  Raises:
+    UserError: for anything that the config or the user's file gets wrong.
+  """
+  names, weights = tuple(names), tuple(float(w) for w in weights)
+  if not names:
+    raise UserError("reward.names is empty: name at least one reward")
+  if len(set(names)) < len(names):
+    raise UserError(f"reward.names has a name twice: {', '.join(names)}")
+  if len(weights) != len(names):
+    raise UserError(f"reward.weights has {len(weights)} numbers for {len(names)} reward.names")
+  if not all(map(math.isfinite, weights)):
+    raise UserError(f"reward.weights must be finite numbers, not {weights}")
+
+  rewards = [_find(name) for name in names]
+  label = " + ".join(n if w == 1 else f"{w:g}*{n}" for n, w in zip(names, weights))
+  span = " + ".join(f"{w:g} x ({n}: {r.range})" for n, w, r in zip(names, weights, rewards))
+  by_name = dict(zip(names, weights))
+  if any(isinstance(r, HostReward) for r in rewards):
+    parts = tuple(zip(names, weights, map(_on_host, names, rewards)))
+    host = HostReward(label, None, span, parts)
+    score = lambda images, prompts: weighted_sum(by_name, host.terms(images, prompts))
+    return dataclasses.replace(host, score=score)
+
+  def prepare(prompts):
+    return {f"{name}/{key}": array for name, r in zip(names, rewards)
+            for key, array in _checked_prepare(name, r, prompts).items()}
+
+  total = Reward(label, {n: r.params for n, r in zip(names, rewards)}, prepare, None, span,
+                 all(r.differentiable for r in rewards), tuple(zip(names, weights, rewards)))
+  score = lambda params, images, prepared: weighted_sum(
+    by_name, total.terms(params, images, prepared))
+  return dataclasses.replace(total, score=score)
+
+
+def weighted_sum(weights: dict[str, float], terms: dict[str, Any]):
+  """`sum_name weights[name] * terms[name]`, `[B]`; for who has the terms already."""
+  return sum(weight * terms[name] for name, weight in weights.items())
+
+
+def check_scores(reward_name: str, scores, prompts) -> np.ndarray:
+  """Fetched scores as `[B]` np.float32, or a `UserError` that says what is wrong with them.
+
+  JAX rewards cannot raise on NaN inside a compiled program, so the caller checks what it fetches.
+
+  Args:
+    reward_name: named in the message.
+    scores: what the reward returned: anything that becomes a real numpy array of shape `[B]`.
+    prompts: the B prompts that were scored.
+  """
+  where = f"reward.names: '{reward_name}'"
+  try:
+    array = np.asarray(scores)
+  except Exception as e:  # e.g. a ragged list, or a torch tensor that still needs .detach()
+    raise UserError(f"{where} returned no array: {one_line(e)}") from e
+  # bfloat16 is no numpy kind of its own, hence the question to jnp.
+  if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+    raise UserError(f"{where} returned {type(scores).__name__} of dtype {array.dtype}, "
+                    "not real numbers")
+  if array.shape != (len(prompts),):
+    raise UserError(f"{where} returned shape {array.shape}, not ({len(prompts)},): "
+                    "one score for each image")
+  with np.errstate(over="ignore"):  # beyond float32 becomes inf, reported below
+    array = array.astype(np.float32)
+  bad = np.flatnonzero(~np.isfinite(array))
+  if bad.size:
+    i = int(bad[0])
+    raise UserError(f"{where} returned {array[i]} at index {i}, prompt {prompts[i]!r} "
+                    f"({bad.size} of {array.size} scores are not finite)")
+  return array
+
+
+def one_line(error: BaseException) -> str:
+  """An exception as one line: its type and the first line of its message."""
+  lines = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _find(name: str) -> Reward | HostReward:
+  if ".py:" in name:
+    from jaxalign.rewards.user import load_user_reward
+    return load_user_reward(name)
+  factories = dict(REWARDS)
+  for entry in importlib.metadata.entry_points(group="jaxalign.rewards"):
+    if entry.name in factories:
+      raise UserError(f"reward '{entry.name}' is registered twice; {entry.value} is the second: "
+                      "uninstall or rename one")
+    factories[entry.name] = lambda entry=entry: entry.load()()
+  if name not in factories:
+    raise UserError(f"reward.names: unknown reward '{name}'; choose from "
+                    f"{', '.join(sorted(factories))}, or path/to/file.py:function")
+  return factories[name]()
+
+
+def _pick(prepared, name):
+  """The entries of one term, under the keys that the term itself gave them."""
+  prefix = f"{name}/"
+  return {k.removeprefix(prefix): v for k, v in prepared.items() if k.startswith(prefix)}
+
+
+def _checked_prepare(name, reward, prompts):
+  prepared = reward.prepare(list(prompts))
+  where = f"reward.names: '{name}': prepare(prompts)"
+  if not isinstance(prepared, dict):
+    raise UserError(f"{where} returned {type(prepared).__name__}, not a dict of arrays")
+  prepared = {key: np.asarray(value) for key, value in prepared.items()}
+  for key, value in prepared.items():
+    if value.shape[:1] != (len(prompts),):
+      raise UserError(f"{where} returned '{key}' of shape {value.shape}: "
+                      f"the first axis must be the {len(prompts)} prompts")
+    if value.dtype.kind in "OSU":
+      raise UserError(f"{where} returned '{key}' of dtype {value.dtype}, not numbers")
+  return prepared
+
+
+def _checked_trace(name, images, scores):
+  """`[B]` f32; shapes and dtypes are known while tracing, so that is where they are checked."""
+  where = f"reward.names: '{name}'"
+  if not isinstance(scores, jax.Array):
+    raise UserError(f"{where} returned {type(scores).__name__}, not a JAX array")
+  if scores.shape != images.shape[:1]:  # [B,1] would broadcast silently further on
+    raise UserError(f"{where} returned shape {scores.shape}, not {images.shape[:1]}: "
+                    "one score for each image")
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    raise UserError(f"{where} returned dtype {scores.dtype}, not a float: it has no gradient")
+  return scores.astype(jnp.float32)
+
+
+def _on_host(name, reward):
+  """A `Reward` as a black box, to be summed with other black boxes."""
+  if isinstance(reward, HostReward):
+    return reward
+  jitted = jax.jit(lambda params, images, prepared: _checked_trace(
+    name, images, reward.score(params, images, prepared)))
+
+  def score(images, prompts):
+    pixels = images.astype(np.float32) / 255
+    return np.asarray(jitted(reward.params, pixels, _checked_prepare(name, reward, prompts)))
+
+  return HostReward(name, score, reward.range)

@@ -1,0 +1,87 @@
+"""The user's own reward: a function in a Python file, named in the config as `file.py:function`.
+
+The parameter names say which of the two kinds it is:
+
+  def my_score(images, prompts):   # black box: uint8 numpy [B,H,W,3] and B prompts -> [B] numbers
+  def my_score(images, prepared):  # JAX: f32 [B,H,W,3] in [0,1] -> [B], compiled, differentiated
+
+A JAX reward that needs the prompt reads it from `prepared`, which the file's own optional
+`prepare(prompts)` makes on the host: a dict of numpy arrays, first axis the prompts.
+The file is run as it stands: it is trusted code, named explicitly by the user.
+"""
+import importlib.util
+import inspect
+import pathlib
+import sys
+import traceback
+import zlib
+
+import jax
+
+from jaxalign.errors import UserError
+from jaxalign.rewards import HostReward, Reward, one_line
+
+_FORMS = ("write it as `def f(images, prompts)` for a black box on uint8 images or "
+          "`def f(images, prepared)` for a differentiable JAX reward on images in [0, 1]")
+
+
+def load_user_reward(spec: str) -> Reward | HostReward:
+  """The reward that `path/to/file.py:function` names; a relative path is from the working folder.
+
+  Raises:
+    UserError: missing file or function, a file that fails to run, or neither of the two forms. Also
+      raised later by the reward itself when the user's function raises.
+  """
+  path, _, function = spec.rpartition(":")
+  module = _run_file(pathlib.Path(path))
+  f = getattr(module, function, None)
+  if not inspect.isroutine(f):
+    raise UserError(f"reward.names: {path} has no function '{function}'")
+  parameters = list(inspect.signature(f).parameters)
+  if parameters == ["images", "prompts"]:
+    return HostReward(spec, _guarded(f, spec, path), "set by the user's function")
+  if parameters == ["images", "prepared"]:
+    score = _guarded(f, spec, path)
+    prepare = getattr(module, "prepare", None)
+    prepare = _guarded(prepare, f"{path}:prepare", path) if prepare else lambda prompts: {}
+    return Reward(spec, {}, prepare, lambda params, images, prepared: score(images, prepared),
+                  "set by the user's function")
+  raise UserError(f"reward.names: {spec} takes ({', '.join(parameters)}): {_FORMS}")
+
+
+def _run_file(path):
+  if not path.is_file():
+    raise UserError(f"reward.names: no file {path}")
+  # The name tells two files of the same stem apart. Registered, because dataclasses and pickle look
+  # up the module of a class by name.
+  name = f"jaxalign_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module
+  try:
+    spec.loader.exec_module(module)
+  except (Exception, SystemExit) as e:
+    del sys.modules[name]
+    raise UserError(f"reward.names: {path} failed to run{_line_in(e, path)}: {one_line(e)}") from e
+  return module
+
+
+def _guarded(f, spec, path):
+  """`f`, with whatever it raises turned into one line that points into the user's file."""
+  def call(*args):
+    try:
+      return f(*args)
+    except Exception as e:
+      hint = ("; use jax.numpy and no Python `if` on values, or take `prompts` for a black box"
+              if isinstance(e, jax.errors.JAXTypeError) else "")
+      raise UserError(f"reward.names: {spec} raised{_line_in(e, path)} {one_line(e)}{hint}") from e
+  return call
+
+
+def _line_in(error, path):
+  """' at line N' of the innermost frame in the user's file, or '' if there is none."""
+  same = lambda f: pathlib.Path(f).resolve() == pathlib.Path(path).resolve()
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if same(f.filename)]
+  if isinstance(error, SyntaxError) and error.filename and same(error.filename):
+    lines.append(error.lineno)
+  return f" at line {lines[-1]}" if lines else ""

@@ -1,0 +1,112 @@
+"""Command line: `python -m jaxalign.sample --checkpoint=DIR --prompts=FILE|"text" --output=DIR`.
+
+`DIR` is a run's folder or any checkpoint directory. Writes one PNG an image, `grid.png` and
+`samples.jsonl`.
+"""
+import functools
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from jaxalign import rng, viz
+from jaxalign.command import Flags, run_command
+from jaxalign.configs_lib import SampleConfig
+from jaxalign.errors import UserError
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.vae import decode_images
+from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.train.experiment import read_prompts
+from jaxalign.train.restore import load_tuned, run_config
+
+_FLAGS = Flags()
+_CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
+_PROMPTS = _FLAGS.define("string", "prompts", None, "Text file, one prompt a line; or a prompt.")
+_OUTPUT = _FLAGS.define("string", "output", None, "Folder for the images.")
+_N = _FLAGS.define("integer", "n", 4, "Images per prompt.", lower_bound=1)
+_SEED = _FLAGS.define("integer", "seed", 0, "Same seed, prompts and n: same images.")
+_NEGATIVE = _FLAGS.define("string", "negative_prompt", "", "What to steer away from.")
+_STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
+_GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
+_ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", lower_bound=1)
+
+
+def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 0,
+             negative_prompt: str = "", sample: SampleConfig | None = None,
+             batch: int = 32) -> np.ndarray:
+  """Images `[P, n, H, W, 3]` uint8; image (p, i) depends on prompt, p * n + i and seed only."""
+  encode, draw = _programs(pipeline, sample or SampleConfig())
+  params = jax.device_put(pipeline.params)
+  key = rng.stream(jax.random.key(seed), rng.EVAL)
+  total = len(prompts) * n
+  batch = min(batch, total)
+  uncond = encode(params["text_encoder"], pipeline.tokenizer([negative_prompt] * batch))
+  images = []
+  with tqdm(total=total, desc="sampling", unit="img") as bar:
+    for start in range(0, total, batch):
+      ids = np.arange(start, start + batch, dtype=np.int32)
+      rows = [prompts[i] for i in np.minimum(ids, total - 1) // n]    # the last batch is filled up
+      cond = encode(params["text_encoder"], pipeline.tokenizer(rows))
+      images.append(np.asarray(draw(params, Conditioning(cond, uncond), key, ids)))
+      bar.update(min(batch, total - start))
+  images = np.concatenate(images)[:total]
+  return images.reshape((len(prompts), n) + images.shape[1:])
+
+
+@functools.lru_cache(maxsize=4)     # a notebook that calls `generate` again compiles nothing again
+def _programs(pipeline: Pipeline, sample: SampleConfig):
+  """`encode(text encoder, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
+  schedule = Schedule.from_config(pipeline.scheduler_config)
+  sampler = make_sampler(schedule, sample.steps, kind=sample.kind, eta=sample.eta,
+                         spacing=sample.spacing, final=sample.final, variance=sample.variance)
+  eps_fn = guided_eps(pipeline.denoise, schedule, sample.guidance)
+
+  def draw(params, conditioning, key, ids):
+    trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key, ids,
+                         pipeline.latent_shape)
+    images = decode_images(pipeline.vae, params["vae"], trajectory.final)
+    return (images * 255).round().astype(jnp.uint8)
+  return jax.jit(pipeline.encode_prompts), jax.jit(draw)
+
+
+def main(argv) -> None:
+  del argv
+  checkpoint = pathlib.Path(_CHECKPOINT.value)
+  text = _PROMPTS.value
+  is_file = text.startswith("jaxalign:") or os.path.isfile(text)    # a long prompt is no path
+  if not is_file and text.endswith(".txt"):
+    raise UserError(f"--prompts={text}: no such file")
+  prompts = read_prompts("--prompts", text) if is_file else [text]
+  cfg = run_config(checkpoint) if checkpoint.is_dir() else None
+  chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value}
+  base = (cfg.sample if cfg else SampleConfig()).__dict__
+  sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})
+  pipeline = load_tuned(checkpoint)
+  _programs(pipeline, sample)       # checks the sampler before a folder is made
+  output = pathlib.Path(_OUTPUT.value)
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--output={output}: {error}") from error
+  images = generate(pipeline, prompts, _N.value, seed=_SEED.value, negative_prompt=_NEGATIVE.value,
+                    sample=sample, batch=_BATCH.value)
+  with (output / "samples.jsonl").open("w") as log:
+    for p, prompt in enumerate(prompts):
+      for i in range(_N.value):
+        name = f"{p:04d}_{i:02d}.png"
+        Image.fromarray(images[p, i]).save(output / name)
+        log.write(json.dumps({"file": name, "prompt": prompt, "seed": _SEED.value,
+                              "negative_prompt": _NEGATIVE.value}) + "\n")
+  viz.save_grid(images[:32], output / "grid.png", row_labels=prompts[:32])
+  print(f"{images.shape[0] * images.shape[1]} images in {output}")
+
+
+if __name__ == "__main__":
+  sys.exit(run_command(main, _FLAGS, required=("checkpoint", "prompts", "output")))

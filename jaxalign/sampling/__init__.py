@@ -1,0 +1,17 @@
+"""Schedules, samplers, guidance and rollouts: the only code that knows what a network predicts."""
+from jaxalign.sampling.guidance import Conditioning, Guided, guided, guided_eps
+from jaxalign.sampling.rollout import (
+    Trajectory,
+    differentiable_rollout,
+    initial_noise,
+    rollout,
+    step_noise,
+    transition,
+)
+from jaxalign.sampling.schedule import Sampler, Schedule, expand, make_sampler
+
+__all__ = [
+    "Conditioning", "Guided", "Sampler", "Schedule", "Trajectory", "differentiable_rollout",
+    "expand", "guided", "guided_eps", "initial_noise", "make_sampler", "rollout", "step_noise",
+    "transition",
+]

@@ -1,0 +1,124 @@
+"""Rollouts: one loop over sampler steps, returning the whole trajectory."""
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import rng
+from jaxalign.sampling.schedule import Sampler, expand, gaussian_log_prob
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Trajectory(NamedTuple):
+  """A batch of sampler trajectories.
+
+  Attributes:
+    latents: `[T+1, B, h, w, c]` f32, from noise (index 0) to output (index T). Outside the steps
+      that were run: the initial latents before, zeros after.
+    timesteps: `[T]` int32.
+    log_prob: `[T, B]` f32, log-density of each transition under the policy that sampled it, summed
+      over elements.
+    sample_ids: `[B]` int32, global ids from which the noise was drawn.
+    noise: `[T, B, h, w, c]` f32, the injected standard normal noise.
+    eps: `[T, B, h, w, c]` f32, the guided noise estimates of the sampling policy.
+  """
+  latents: Any
+  timesteps: Any
+  log_prob: Any
+  sample_ids: Any
+  noise: Any
+  eps: Any
+
+  @property
+  def final(self):
+    """The outputs `[B, h, w, c]`."""
+    return self.latents[-1]
+
+
+def initial_noise(key, sample_ids, latent_shape):
+  """`x_0 ~ N(0, I)` of shape `[B, *latent_shape]`, drawn per sample from its global id."""
+  return rng.normal_per_sample(rng.per_sample(key, sample_ids), latent_shape, 0)
+
+
+def step_noise(key, sample_ids, latent_shape, k):
+  """Standard normal noise injected by transition `k`, `[B, *latent_shape]`."""
+  return rng.normal_per_sample(rng.per_sample(key, sample_ids), latent_shape, k + 1)
+
+
+def transition(eps_fn, params, sampler: Sampler, k, x_k, noise, conditioning):
+  """One step: `(x_{k+1}, eps, log_prob [B])` with the injected `noise` given."""
+  eps = eps_fn(params, x_k, sampler.at("timesteps", k), conditioning)
+  std = sampler.at("std", k)
+  x_next = sampler.mean(k, x_k, eps) + expand(std, x_k) * noise
+  log_prob = jnp.where(
+      std > 0, gaussian_log_prob(noise, tuple(range(1, noise.ndim)))
+      - x_k[0].size * jnp.log(jnp.where(std > 0, std, 1.0)), 0.0)
+  return x_next, eps, log_prob
+
+
+def rollout(eps_fn, params, sampler: Sampler, conditioning, key, sample_ids, latent_shape, *,
+            x_init=None, noise=None, start=0, stop=None) -> Trajectory:
+  """Samples trajectories that nobody differentiates.
+
+  Bounds may be traced: one compiled program serves every interval `[start, stop)`.
+
+  Args:
+    eps_fn: `(params, x_t, t, conditioning) -> eps`, guidance included.
+    key, sample_ids: noise is drawn from these unless given.
+    x_init: `[B, *latent_shape]` latents at index `start`; drawn from N(0, I) if None.
+    noise: `[T, B, *latent_shape]` injected noise; drawn per step if None.
+    start, stop: first step and one past the last; all steps by default.
+  """
+  steps, batch = sampler.steps, sample_ids.shape[0]
+  stop = steps if stop is None else stop
+  if x_init is None:
+    x_init = initial_noise(key, sample_ids, latent_shape)
+  shape = (batch,) + tuple(latent_shape)
+  before = (jnp.arange(steps + 1) <= start)[(slice(None),) + (None,) * len(shape)]
+  empty = Trajectory(
+      latents=jnp.where(before, x_init[None], 0.0),
+      timesteps=jnp.asarray(sampler.timesteps),
+      log_prob=jnp.zeros((steps, batch)),
+      sample_ids=sample_ids,
+      noise=jnp.zeros((steps,) + shape) if noise is None else noise,
+      eps=jnp.zeros((steps,) + shape))
+
+  def body(k, trajectory):
+    z = step_noise(key, sample_ids, latent_shape, k) if noise is None else noise[k]
+    x_next, eps, log_prob = transition(
+        eps_fn, params, sampler, k, trajectory.latents[k], z, conditioning)
+    return trajectory._replace(
+        latents=trajectory.latents.at[k + 1].set(x_next),
+        log_prob=trajectory.log_prob.at[k].set(log_prob),
+        noise=trajectory.noise.at[k].set(z),
+        eps=trajectory.eps.at[k].set(eps))
+  return jax.lax.fori_loop(start, stop, body, empty)
+
+
+def differentiable_rollout(eps_fn, params, sampler: Sampler, conditioning, x_init, noise, *,
+                           start: int = 0, stop: int | None = None, remat: str = "full"):
+  """Samples with gradients through every step: to `params`, `x_init` and `noise`.
+
+  Args:
+    x_init: `[B, *latent_shape]` latents at index `start`.
+    noise: `[stop - start, B, *latent_shape]` injected noise.
+    start, stop: static bounds.
+    remat: "none" (keep all activations), "dots", or "full" (keep the latents only and run each step
+      again in the backward pass).
+  Returns:
+    Final latents `[B, *latent_shape]` and the latents after each step `[stop - start, B, ...]`.
+  """
+  def body(x_k, inputs):
+    k, z = inputs
+    x_next, _, _ = transition(eps_fn, params, sampler, k, x_k, z, conditioning)
+    return x_next, x_next
+  if REMAT_POLICIES[remat] is not None:
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
+  ks = np.arange(start, sampler.steps if stop is None else stop)
+  return jax.lax.scan(body, x_init, (jnp.asarray(ks), noise))

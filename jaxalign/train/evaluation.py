@@ -1,0 +1,174 @@
+"""Evaluation: samples of a policy on fixed prompts and noise, scored and compared with the base."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxalign import metrics, rng
+from jaxalign.errors import UserError
+from jaxalign.rewards import Reward, check_scores, weighted_sum
+from jaxalign.rewards.rules import color_accuracy
+from jaxalign.sampling import guided_eps, rollout
+from jaxalign.train.experiment import Experiment, gather
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """K samples of each of P prompts.
+
+  Attributes:
+    images: `[P, K, H, W, 3]` uint8.
+    scores: name -> `[P, K]` f32: "reward", the terms of a weighted sum as "reward/NAME", "judge",
+      and "color_accuracy" where every prompt names a background colour.
+    features: `[P, K, D]` f32, the judge's. path_kl: `[P, K]` nats, or None where not measured.
+  """
+  images: np.ndarray
+  scores: dict[str, np.ndarray]
+  features: np.ndarray
+  path_kl: np.ndarray | None = None
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Flat dict for `np.savez`; `from_arrays` is the inverse."""
+    out = {"images": self.images, "features": self.features}
+    out.update({f"scores/{name}": value for name, value in self.scores.items()})
+    return out if self.path_kl is None else {**out, "path_kl": self.path_kl}
+
+  @classmethod
+  def from_arrays(cls, arrays) -> "Samples":
+    scores = {k.removeprefix("scores/"): arrays[k] for k in arrays if k.startswith("scores/")}
+    return cls(arrays["images"], scores, arrays["features"],
+               arrays["path_kl"] if "path_kl" in arrays else None)
+
+
+class Evaluator:
+  """Draws and scores samples in batches of `eval.batch`; compiled once for all prompt sets."""
+
+  def __init__(self, exp: Experiment):
+    self._exp = exp
+    self._root = jax.random.key(exp.config.seed)
+    self._sample = jax.jit(self._sample_batch)
+    self._path_kl = jax.jit(self._path_kl_batch)
+
+  def _eps(self, *args):
+    models = self._exp.models
+    return guided_eps(models.denoise, models.schedule, models.guidance)(*args)
+
+  def _sample_batch(self, policy, frozen, judge_params, batch, key):
+    exp, models = self._exp, self._exp.models
+    trajectory = rollout(self._eps, models.combine(policy, frozen["base"]), models.sampler,
+                         batch["conditioning"], key, batch["sample_ids"], models.latent_shape)
+    images = models.decode(frozen["decoder"], trajectory.final)
+    out = {"images": (images * 255).round().astype(jnp.uint8),
+           "scores": {"judge": exp.judge.score(judge_params, images, batch["judge"])},
+           "features": exp.judge.features(judge_params, images)}
+    if isinstance(exp.reward, Reward):
+      out["terms"] = exp.reward.terms(frozen["reward"], images, batch["prepared"])
+    return out, trajectory
+
+  def _path_kl_batch(self, frozen, trajectory, conditioning):
+    """`KL(path of policy || path of base)` of each trajectory, `[B]` nats, exact.
+
+    `sum_k std_k^2 lam_k^2 |eps - eps_ref|^2 / 2`, see `metrics.gaussian_path_kl`.
+    """
+    models = self._exp.models
+    sampler, base = models.sampler, models.combine(None, frozen["base"])
+
+    def gap(k, total):
+      x = trajectory.latents[k]
+      eps_ref = self._eps(base, x, sampler.at("timesteps", k), conditioning)
+      return total.at[k].set(
+          jnp.square(trajectory.eps[k] - eps_ref).sum(tuple(range(1, x.ndim))))
+    gaps = jax.lax.fori_loop(0, sampler.steps, gap, jnp.zeros_like(trajectory.log_prob))
+    return metrics.gaussian_path_kl(gaps, sampler.std, sampler.lam)
+
+  def __call__(self, policy, prompts: list[str], samples: int, *, stream: str = rng.EVAL,
+               path_kl: bool = False, label: str = "evaluating") -> Samples:
+    """Samples of `policy`, the same noise for the same stream, prompts and number at every call.
+
+    Raises:
+      UserError: a reward gave something that is not a finite number.
+    """
+    exp, size = self._exp, self._exp.config.eval.batch
+    # Rows are gathered on the host, so that the program does not depend on the number of prompts.
+    table = jax.device_get(exp.prompt_table(prompts))
+    total = len(prompts) * samples
+    ids = np.arange(-(-total // size) * size, dtype=np.int32)
+    prompt_ids = np.minimum(ids, total - 1) // samples       # the last batch is filled up
+    key = rng.stream(self._root, stream)
+    parts = []
+    with tqdm(total=total, desc=label, unit="img", leave=False) as bar:
+      for i in range(0, len(ids), size):
+        batch = exp.put_batch(gather(table, prompt_ids[i:i + size], ids[i:i + size]))
+        part, trajectory = self._sample(policy, exp.frozen, exp.judge_params, batch, key)
+        if path_kl and np.all(exp.models.sampler.std > 0):
+          part["path_kl"] = self._path_kl(exp.frozen, trajectory, batch["conditioning"])
+        parts.append(jax.device_get(part))
+        bar.update(min(size, total - i))
+    shape = lambda a: a[:total].reshape((len(prompts), samples) + a.shape[1:])
+    out = jax.tree.map(lambda *a: shape(np.concatenate(a)), *parts)
+    return Samples(out["images"], self._scores(out, prompts, samples), out["features"],
+                   out.get("path_kl"))
+
+  def _scores(self, out, prompts, samples) -> dict[str, np.ndarray]:
+    rows = [p for p in prompts for _ in range(samples)]
+    flat = out["images"].reshape((-1,) + out["images"].shape[2:])
+    reward, scores = self._exp.reward, dict(out["scores"])
+    if isinstance(reward, Reward):
+      terms = {name: check_scores(name, v.reshape(-1), rows) for name, v in out["terms"].items()}
+    else:
+      terms = reward.terms(flat, rows)
+    terms = {name: v.reshape(len(prompts), samples) for name, v in terms.items()}
+    scores["reward"] = np.asarray(weighted_sum(reward.weights, terms))
+    if len(terms) > 1:
+      scores.update({f"reward/{name}": v for name, v in terms.items()})
+    rule = color_accuracy()
+    try:
+      prepared = rule.prepare(rows)
+    except UserError:
+      return scores      # prompts without a background colour
+    right = rule.score(rule.params, jnp.asarray(flat, jnp.float32) / 255, prepared)
+    scores["color_accuracy"] = np.asarray(right).reshape(len(prompts), samples)
+    return scores
+
+
+def describe(samples: Samples) -> dict:
+  """Mean, clustered standard error and n of every score, and diversity."""
+  out = {name: metrics.clustered_mean(value) for name, value in samples.scores.items()}
+  out["reward"]["within_prompt_std"] = metrics.within_prompt_std(samples.scores["reward"])
+  out["diversity"] = _diversity(samples)
+  return out
+
+
+def compare(tuned: Samples, base: Samples, base_again: Samples) -> dict:
+  """The tuned model beside the base: `describe`, paired differences, distance and KL to base.
+
+  Args:
+    tuned, base: from the same noise. base_again: from other noise, for the floor of the distance.
+  """
+  out = describe(tuned)
+  for name, value in tuned.scores.items():
+    out[name]["change"] = metrics.paired_difference(value, base.scores[name])
+  now, before = (metrics.pairwise_diversity(s.features)["per_prompt"] for s in (tuned, base))
+  out["diversity"]["ratio_to_base"] = float(now.mean() / before.mean())
+  out["diversity"]["change"] = metrics.clustered_mean((now - before)[:, None])
+  flat = lambda s: s.features.reshape(-1, s.features.shape[-1])
+  if flat(tuned).shape[1] <= 64:
+    out["fd_to_base"] = metrics.frechet_with_floor(flat(tuned), flat(base), flat(base_again))
+  if tuned.path_kl is not None:
+    out["kl_to_base"] = metrics.clustered_mean(tuned.path_kl)
+  return out
+
+
+def exact_tilt(beta: float, *draws: Samples) -> dict:
+  """What `p_base exp(beta R)` would give, by importance weights on all base samples at hand."""
+  rewards = np.concatenate([d.scores["reward"] for d in draws], 1)
+  features = np.concatenate([d.features for d in draws], 1)
+  return {"beta_raw": beta, **metrics.tilt_expectation(rewards, features, beta)}
+
+
+def _diversity(samples: Samples) -> dict:
+  out = metrics.pairwise_diversity(samples.features)
+  del out["per_prompt"]
+  return out

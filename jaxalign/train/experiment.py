@@ -1,0 +1,175 @@
+"""From a config to what a run needs: mesh, pipeline, reward, judge, `Models`, prompt tables."""
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign import sharding
+from jaxalign.configs_lib import Config
+from jaxalign.convert import load_pipeline
+from jaxalign.errors import UserError
+from jaxalign.methods import FlowNet, Models
+from jaxalign.models import lora
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.unet import UNet2DConditionModel
+from jaxalign.models.vae import decode_images
+from jaxalign.rewards import HostReward, Reward, make_reward
+from jaxalign.sampling import Conditioning, Schedule, make_sampler
+
+ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+  """What a run works with. `frozen` and `judge_params` lie on the mesh."""
+  config: Config
+  mesh: Mesh
+  pipeline: Pipeline
+  models: Models
+  reward: Reward | HostReward
+  judge: Reward
+  frozen: Any
+  judge_params: Any
+  put_batch: Callable          # host tree with leading batch axis -> device, sharded
+  encode: Callable             # token ids [B, L] -> cond tree
+
+  def prompt_table(self, prompts: list[str]) -> dict:
+    """Everything about P prompts that the device needs, computed once; `gather` takes rows of it.
+
+    `{"cond", "uncond", "prepared", "judge"}`: embeddings `[P, ...]` (`uncond` has one row) and the
+    prepared arrays of reward and judge.
+    """
+    cond = [jax.device_get(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
+            for i in range(0, len(prompts), 64)]
+    table = {
+        "cond": jax.tree.map(lambda *parts: np.concatenate(parts), *cond),
+        "uncond": jax.device_get(self.encode(self.pipeline.tokenizer([""]))),
+        "prepared": self.reward.prepare(prompts) if isinstance(self.reward, Reward) else {},
+        "judge": self.judge.prepare(prompts),
+    }
+    return jax.device_put(table, sharding.replicated(self.mesh))
+
+
+def gather(table, prompt_ids, sample_ids) -> dict:
+  """The batch of a method: rows `prompt_ids [B]` of a prompt table."""
+  rows = lambda tree: jax.tree.map(lambda a: a[prompt_ids], tree)
+  uncond = jax.tree.map(lambda a: a[prompt_ids * 0], table["uncond"])
+  return {"conditioning": Conditioning(rows(table["cond"]), uncond),
+          "prepared": rows(table["prepared"]), "judge": rows(table["judge"]),
+          "prompt_ids": prompt_ids, "sample_ids": sample_ids}
+
+
+def build(cfg: Config, devices=None) -> Experiment:
+  """Loads and places everything that `cfg` names.
+
+  Raises:
+    UserError: a key or file of the config is at fault.
+  """
+  mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
+  cfg.check_devices(sharding.batch_shards(mesh))
+  reward = make_reward(cfg.reward.names, cfg.reward.weights)
+  judge = make_reward((cfg.eval.judge,), (1.0,)).parts[0][2]
+  if getattr(judge, "features", None) is None:
+    raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
+  pipeline = open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat)
+  models = make_models(cfg, pipeline, reward)
+  frozen = jax.device_put(models.frozen, sharding.param_shardings(models.frozen, mesh))
+  text = jax.device_put(pipeline.params["text_encoder"], sharding.replicated(mesh))
+  return Experiment(
+      config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
+      frozen=frozen, judge_params=jax.device_put(judge.params, sharding.replicated(mesh)),
+      put_batch=functools.partial(jax.device_put, device=sharding.batch_sharding(mesh)),
+      encode=functools.partial(jax.jit(pipeline.encode_prompts), text))
+
+
+def open_pipeline(path: str, dtype: str = "float32", remat: str = "none") -> Pipeline:
+  """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline."""
+  if path == "jaxalign:fixture":
+    from jaxalign.testing.fixture import make_pipeline_dir
+    with tempfile.TemporaryDirectory() as folder:
+      make_pipeline_dir(f"{folder}/fixture", image_size=32)
+      return load_pipeline(f"{folder}/fixture", dtype=dtype, remat=remat)
+  if path.startswith("jaxalign:"):
+    folder = ASSETS / path.removeprefix("jaxalign:")
+    if not folder.is_dir():
+      raise UserError(f"model.path={path}: no model of this name is shipped")
+    return load_pipeline(folder, dtype=dtype, remat=remat)
+  return load_pipeline(path, dtype=dtype, remat=remat)
+
+
+def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) -> Models:
+  """The seam between this pipeline and the methods."""
+  schedule = Schedule.from_config(pipeline.scheduler_config)
+  sampler = make_sampler(schedule, cfg.sample.steps, kind=cfg.sample.kind, eta=cfg.sample.eta,
+                         spacing=cfg.sample.spacing, final=cfg.sample.final,
+                         variance=cfg.sample.variance)
+  if cfg.model.adapter == "lora":
+    def init_policy(key, base):
+      return lora.init(key, base, cfg.model.lora_rank, cfg.model.lora_targets)
+
+    def combine(policy, base):
+      return {"params": base} if policy is None else {"params": base, "lora": policy}
+  else:
+    def init_policy(key, base):
+      return jax.tree.map(jnp.copy, base)
+
+    def combine(policy, base):
+      return {"params": base if policy is None else policy}
+  differentiable = isinstance(reward, Reward) and reward.differentiable
+  return Models(
+      denoise=pipeline.denoise, schedule=schedule, sampler=sampler, guidance=cfg.sample.guidance,
+      latent_shape=pipeline.latent_shape, combine=combine, init_policy=init_policy,
+      decode=functools.partial(decode_images, pipeline.vae),
+      score=reward.score if differentiable else None, flow=make_flow_net(pipeline),
+      frozen={"base": pipeline.params["unet"], "decoder": pipeline.params["vae"],
+              "reward": reward.params if isinstance(reward, Reward) else {}})
+
+
+def make_flow_net(pipeline: Pipeline) -> FlowNet:
+  """A small UNet on the same inputs, with zero-initialised output."""
+  size = pipeline.latent_shape[0]
+  config = dict(pipeline.configs["unet"])
+  # The published sizes for 64x64 latents; two levels are all that 8x8 ones have room for.
+  widths = (64, 128, 256, 256) if size >= 32 else (32, 64)
+  plain = len(widths) - 1
+  config.update(block_out_channels=widths, layers_per_block=1,
+                down_block_types=["CrossAttnDownBlock2D"] * plain + ["DownBlock2D"],
+                up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * plain,
+                norm_num_groups=min(32, widths[0]), attention_head_dim=8, num_attention_heads=None,
+                transformer_layers_per_block=1)
+  unet = UNet2DConditionModel.from_config(config)
+
+  def init(key):
+    params = unet.init(key, *unet.example_inputs())["params"]
+    return {**params, "conv_out": jax.tree.map(jnp.zeros_like, params["conv_out"])}
+
+  def apply(params, x, t, cond):
+    return unet.apply({"params": params}, x, t, cond["text"], cond.get("added"))
+  return FlowNet(init, apply)
+
+
+def policy_weights(cfg: Config, policy, base):
+  """UNet parameters with the policy in them, for export (adapters merged)."""
+  return lora.merge(base, policy) if cfg.model.adapter == "lora" else policy
+
+
+def read_prompts(key: str, path: str) -> list[str]:
+  """Prompts of a text file, one a line, or of `jaxalign:NAME`; errors name the config key `key`."""
+  file = pathlib.Path(path)
+  if path.startswith("jaxalign:"):
+    file = ASSETS / "prompts" / f"{path.removeprefix('jaxalign:')}.txt"
+  try:
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{key}={path}: {error}") from error
+  prompts = [line for line in lines if line]
+  if not prompts:
+    raise UserError(f"{key}={path}: the file has no prompts")
+  return prompts

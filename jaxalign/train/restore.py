@@ -1,0 +1,58 @@
+"""From a run, finished or not, or any checkpoint directory to a pipeline with tuned weights."""
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from jaxalign import configs_lib, methods, rng
+from jaxalign.checkpoint import Checkpointer
+from jaxalign.convert import load_pipeline
+from jaxalign.errors import UserError
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.train.experiment import build, gather, policy_weights, read_prompts
+
+
+def run_config(checkpoint: pathlib.Path) -> configs_lib.Config | None:
+  """Config of the run in `checkpoint`, or None if that is no run's folder."""
+  file = checkpoint / "config.json"
+  if (checkpoint / "model_index.json").exists() or not file.exists():
+    return None
+  try:
+    return configs_lib.parse(json.loads(file.read_text())["config"])
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"{file}: not the config of a run ({error})") from error
+
+
+def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
+  """The pipeline of a diffusers directory, of a finished run, or of a run's latest checkpoint.
+
+  Raises:
+    UserError: the directory is none of these, or damaged.
+  """
+  if not checkpoint.is_dir():
+    raise UserError(f"--checkpoint={checkpoint}: no such directory")
+  cfg = run_config(checkpoint)
+  if cfg is None:
+    return load_pipeline(checkpoint)
+  if (checkpoint / "summary.json").exists():
+    return load_pipeline(checkpoint / "export")
+  if not (checkpoint / "checkpoints").is_dir():
+    raise UserError(f"--checkpoint={checkpoint}: this run has no checkpoint yet")
+  # On one device, whatever the run itself has.
+  cfg = dataclasses.replace(cfg, mesh=configs_lib.MeshConfig(1))
+  exp = build(cfg, jax.devices()[:1])
+  table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
+  zeros = jax.numpy.zeros(cfg.sample.batch, jax.numpy.int32)
+  method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  key = rng.stream(jax.random.key(cfg.seed), rng.INIT)
+  like = {"method": jax.eval_shape(
+      lambda frozen: method.init(key, frozen, gather(table, zeros, zeros)), exp.frozen)}
+  if cfg.train.keep_best:
+    like["best"] = method.product(like["method"])
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like)
+  saved, _ = Checkpointer(checkpoint / "checkpoints").restore(like)
+  policy = saved["best"] if cfg.train.keep_best else method.product(saved["method"])
+  weights = policy_weights(cfg, jax.device_get(policy), exp.pipeline.params["unet"])
+  return dataclasses.replace(exp.pipeline, params={**exp.pipeline.params, "unet": weights})

@@ -1,0 +1,4 @@
+"""Pictures for people: grids of samples, base beside tuned."""
+from jaxalign.viz.grid import before_after, save_grid
+
+__all__ = ["before_after", "save_grid"]

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.models.tokenizer import Tokenizer
+
+TEXTS = [
+    "", " ", "a cat on a red background", "A CAT, on   a\tred\nbackground!!", "!!", "!",
+    "hi!! there!", "it's they'll i'd don't 'quoted' ''''s", "1234 3.14 x2y 50%",
+    "naïve café Ünïcödé ẞ ΟΔΟΣ İstanbul", "e\u0301 vs \u00e9", "日本語 cat 猫cat",
+    "한국어 русский العربية", "😀 cat 👩\u200d🔬 🇩🇪",
+    "zero\u200bwidth\u00a0nbsp\u2028line\x00null\ufffd",
+    "<|endoftext|> cat <|startoftext|>cat<|ENDOFTEXT|>",
+    "#hash @at $%^&*()_+{}|:\"<>?~`-=[]\\;',./", "word " * 100, "x" * 300, "...!!!???", "a!b!!c",
+]
+
+
+def byte_alphabet():
+  """The printable character that byte-level BPE writes for each of the 256 bytes."""
+  kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  moved = [b for b in range(256) if b not in kept]
+  return [chr(b) for b in kept] + [chr(256 + i) for i in range(len(moved))]
+
+
+def write_tokenizer(folder, pad="<|endoftext|>", added=True):
+  merges = [("c", "a"), ("ca", "t</w>"), ("o", "n</w>"), ("!", "!</w>"), ("'", "s</w>"), ("r", "e"),
+            ("re", "d</w>"), ("b", "a"), ("w", "o"), ("wo", "r"), ("wor", "d</w>"), ("x", "x"),
+            ("xx", "xx"), ("Ã", "©</w>")]
+  letters = byte_alphabet()
+  tokens = letters + [c + "</w>" for c in letters] + [a + b for a, b in merges]
+  tokens += ["<|startoftext|>", "<|endoftext|>"]
+  vocab = {token: i for i, token in enumerate(tokens)}
+  specials = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+              "unk_token": "<|endoftext|>", "pad_token": pad}
+  config = {"model_max_length": 24, "tokenizer_class": "CLIPTokenizer", **specials}
+  if added:
+    config["added_tokens_decoder"] = {
+        str(vocab[token]): {"content": token, "lstrip": False, "normalized": True, "rstrip": False,
+                            "single_word": False, "special": True}
+        for token in sorted(set(specials.values()))}
+  (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+  (folder / "merges.txt").write_text(
+      "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  (folder / "special_tokens_map.json").write_text(json.dumps(specials))
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+@pytest.mark.parametrize("added", [True, False])
+def test_same_ids_as_transformers(tmp_path, pad, added):
+  transformers = pytest.importorskip("transformers")
+  write_tokenizer(tmp_path, pad, added)
+  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  # ftfy is optional there and changes the text; ours follows the path without it.
+  theirs.fix_text = None
+  if not hasattr(theirs, "nlp"):
+    from transformers.models.clip.tokenization_clip import BasicTokenizer
+    theirs.nlp = BasicTokenizer(strip_accents=False, do_split_on_punc=False)
+  expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=24,
+                    return_tensors="np").input_ids
+  ids = Tokenizer.load(tmp_path)(TEXTS)
+  assert ids.dtype == np.int32
+  for text, ours, other in zip(TEXTS, ids, expected):
+    np.testing.assert_array_equal(ours, other, err_msg=repr(text))
+
+
+def test_frame_of_a_row(tmp_path):
+  write_tokenizer(tmp_path, "!")
+  tokenizer = Tokenizer.load(tmp_path)
+  empty, long = tokenizer(["", "word " * 100])
+  assert empty.tolist() == [tokenizer.bos_id, tokenizer.eos_id] + [tokenizer.pad_id] * 22
+  assert long[0] == tokenizer.bos_id and long[-1] == tokenizer.eos_id and len(long) == 24
+  assert tokenizer([]).shape == (0, 24)
+
+
+def test_saves_the_same_bytes(tmp_path):
+  source, copy = tmp_path / "source", tmp_path / "copy"
+  source.mkdir()
+  write_tokenizer(source)
+  Tokenizer.load(source).save(copy)
+  assert {f.name for f in copy.iterdir()} == {f.name for f in source.iterdir()}
+  for file in source.iterdir():
+    assert (copy / file.name).read_bytes() == file.read_bytes()
+
+
+def test_errors_name_the_file(tmp_path):
+  write_tokenizer(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text("{}")
+  with pytest.raises(UserError, match="model_max_length"):
+    Tokenizer.load(tmp_path)
+  (tmp_path / "merges.txt").unlink()
+  with pytest.raises(UserError, match="merges.txt"):
+    Tokenizer.load(tmp_path)

@@ -1,0 +1,102 @@
+"""Autoencoder: parity with PyTorch diffusers, tree paths, size, scaled latents."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from jaxalign.convert import names
+from jaxalign.errors import UserError
+from jaxalign.models import lora
+from jaxalign.models.pipeline import random_params
+from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
+
+SMALL = dict(block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8,
+             down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+             scaling_factor=0.7, shift_factor=0.1)
+FULL = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+
+
+@functools.cache
+def shapes_of(vae):
+  image = jnp.zeros((1, vae.factor, vae.factor, 3))
+  return jax.eval_shape(vae.init, jax.random.key(0), image)["params"]
+
+
+@pytest.fixture(scope="module")
+def small():
+  vae = AutoencoderKL.from_config(SMALL)
+  params = random_params(shapes_of(vae), 0)
+  rng = np.random.default_rng(0)
+  return vae, params, rng.uniform(size=(2, 12, 12, 3)).astype(np.float32)
+
+
+def test_encode_and_decode_equal_pytorch(small):
+  torch = pytest.importorskip("torch")
+  diffusers = pytest.importorskip("diffusers")
+  vae, params, images = small
+  flat = traverse_util.flatten_dict(params, sep="/")
+  model = diffusers.AutoencoderKL(**SMALL).eval()
+  model.load_state_dict({names.new_vae_name(names.torch_name(p)):
+                         torch.from_numpy(names.to_torch(p, x)) for p, x in flat.items()})
+  x = torch.from_numpy(images).permute(0, 3, 1, 2)
+  nhwc = lambda y: y.permute(0, 2, 3, 1).numpy()
+  with torch.no_grad():
+    posterior = model.encode(2 * x - 1).latent_dist
+    decoded = model.decode(posterior.mean).sample
+  encode = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode"))
+  mean, logvar = encode(params, 2 * images - 1)
+  np.testing.assert_allclose(mean, nhwc(posterior.mean), atol=1e-5, rtol=0)
+  np.testing.assert_allclose(logvar, nhwc(posterior.logvar), atol=1e-5, rtol=0)
+
+  latents = jax.jit(lambda p, x: encode_images(vae, p, x))(params, images)
+  np.testing.assert_allclose(latents, (mean - 0.1) * 0.7, atol=1e-6)
+  ours = jax.jit(lambda p, z: decode_images(vae, p, z))(params, latents)
+  np.testing.assert_allclose(ours, np.clip(nhwc(decoded) / 2 + 0.5, 0, 1), atol=1e-5, rtol=0)
+
+
+def test_posterior_noise_is_scaled_with_the_latents(small):
+  vae, params, images = small
+  noise = np.random.default_rng(1).standard_normal((2, 6, 6, 4)).astype(np.float32)
+  mean, logvar = vae.apply({"params": params}, 2 * images - 1, method="encode")
+  latents = encode_images(vae, params, images, noise)
+  np.testing.assert_allclose(latents, (mean + np.exp(logvar / 2) * noise - 0.1) * 0.7, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SMALL, FULL], ids=["small", "full"])
+def test_tree_equals_that_of_the_flax_class(config):
+  diffusers = pytest.importorskip("diffusers")
+  if not hasattr(diffusers, "FlaxAutoencoderKL"):
+    pytest.skip("this version of diffusers has no Flax classes")
+  config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+  theirs = diffusers.FlaxAutoencoderKL(**{k: v for k, v in config.items() if k != "shift_factor"})
+  theirs = jax.eval_shape(theirs.init_weights, jax.random.key(0))
+  flatten = lambda tree: {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
+  assert flatten(shapes_of(AutoencoderKL.from_config(config))) == flatten(theirs)
+
+
+def test_full_size():
+  assert lora.count(shapes_of(AutoencoderKL.from_config(FULL))) == 83_653_863
+
+
+def test_bf16_decodes_to_clamped_f32(small):
+  vae, params, _ = small
+  half = AutoencoderKL.from_config(SMALL, dtype="bfloat16")
+  z = np.random.default_rng(2).standard_normal((1, 4, 4, 4)).astype(np.float32) * 3
+  exact, out = (jax.jit(lambda p, z: decode_images(model, p, z))(params, z)
+                for model in (vae, half))
+  assert out.dtype == jnp.float32 and out.min() >= 0 and out.max() <= 1
+  assert np.abs(out - exact).max() < 0.05
+
+
+@pytest.mark.parametrize("key, value", [
+    ("act_fn", "relu"), ("mid_block_add_attention", False), ("use_quant_conv", False),
+    ("latents_mean", [0.0]), ("_class_name", "VQModel"), ("norm_num_groups", 5),
+    ("down_block_types", ["AttnDownEncoderBlock2D"] * 2),
+])
+def test_unsupported_config_names_key(key, value):
+  with pytest.raises(UserError, match=key):
+    AutoencoderKL.from_config({**SMALL, key: value})

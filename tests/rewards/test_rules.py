@@ -1,0 +1,220 @@
+"""Rewards without a network, and the weighted sum."""
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxalign.data.emoji import COLOURS, PALETTE
+from jaxalign.errors import UserError
+from jaxalign.rewards import REWARDS, HostReward, Reward, make_reward, weighted_sum
+from jaxalign.rewards.rules import (
+  brightness,
+  color_accuracy,
+  color_match,
+  jpeg_compressibility,
+  jpeg_incompressibility,
+)
+
+JAX_RULES = (color_match, color_accuracy, brightness)
+
+
+def _plain(colour, size=32):
+  return np.broadcast_to(np.float32(PALETTE[colour]) / 255, (size, size, 3))
+
+
+def _noise(*shape, seed=0):
+  return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def _score(reward, images, prompts):
+  images = jnp.asarray(images)
+  return np.asarray(reward.score(reward.params, images, reward.prepare(prompts)))
+
+
+PROMPTS = [f"a white heart on a {colour} background noto style" for colour in COLOURS]
+
+
+def test_right_colours_score_best_and_every_wrong_one_scores_less():
+  images = np.stack([_plain(c) for c in COLOURS])
+  np.testing.assert_allclose(_score(color_match(), images, PROMPTS), 0, atol=1e-6)
+  np.testing.assert_array_equal(_score(color_accuracy(), images, PROMPTS), 1)
+  shifted = np.roll(images, 1, axis=0)
+  assert (_score(color_match(), shifted, PROMPTS) < -0.05).all()
+  np.testing.assert_array_equal(_score(color_accuracy(), shifted, PROMPTS), 0)
+
+
+def test_color_match_in_float64():
+  images = _noise(12, 32, 48, 3)
+  ring = np.ones((32, 48), bool)
+  ring[2:-2, 2:-2] = False  # a sixteenth of 32 px
+  mean = images.astype(np.float64)[:, ring].mean(1)
+  d = np.sqrt(((mean - np.array([PALETTE[c] for c in COLOURS]) / 255) ** 2).mean(1))
+  expected = -(np.sqrt(d ** 2 + 0.05 ** 2) - 0.05) / (np.sqrt(1 + 0.05 ** 2) - 0.05)
+  np.testing.assert_allclose(_score(color_match(), images, PROMPTS), expected, atol=1e-6)
+
+
+def test_color_match_is_bounded():
+  prompts = ["a cat on a white background"]
+  assert -1 <= _score(color_match(), np.zeros((1, 8, 8, 3), np.float32), prompts)[0] < -0.99
+
+
+def test_color_match_gradient_points_to_the_colour():
+  reward = color_match()
+  images = jnp.full((1, 1, 2, 3), 0.5)  # two pixels, both border
+  gradient = jax.grad(lambda x: reward.score(
+    {}, x, reward.prepare(["a cat on a red background"])).sum())(images)
+  np.testing.assert_array_equal(np.sign(gradient[0, 0]), [[1, -1, -1]] * 2)
+
+
+def test_color_match_gradient_exists_at_the_exact_colour():
+  reward = color_match()
+  gradient = jax.grad(lambda x: reward.score({}, x, reward.prepare(PROMPTS[:1])).sum())(
+    jnp.asarray(_plain(COLOURS[0])[None]))
+  np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [color_match, color_accuracy])
+def test_the_middle_of_the_image_does_not_matter(factory):
+  images = np.stack([_plain("red"), _plain("red")])
+  images[1, 2:-2, 2:-2] = 0
+  scores = _score(factory(), images, ["a cat on a red background"] * 2)
+  assert scores[0] == scores[1]
+
+
+def test_color_accuracy_survives_a_drawing_that_touches_the_border():
+  image = _plain("blue").copy()
+  image[:, 10:20] = 0  # 20 of 64 columns' ends of the ring
+  assert _score(color_accuracy(), image[None], ["a cat on a blue background"])[0] == 1
+
+
+def test_brightness_in_float64():
+  images = _noise(3, 8, 8, 3)
+  expected = (images.astype(np.float64) @ [0.299, 0.587, 0.114]).mean((1, 2))
+  np.testing.assert_allclose(_score(brightness(), images, ["", "", ""]), expected, rtol=1e-6)
+  np.testing.assert_allclose(_score(brightness(), np.ones((1, 8, 8, 3)), [""]), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", JAX_RULES)
+def test_jit_equals_eager_and_batch_order_is_kept(factory):
+  reward = factory()
+  images, prepared = jnp.asarray(_noise(12, 16, 16, 3)), reward.prepare(PROMPTS)
+  eager = reward.score(reward.params, images, prepared)
+  assert eager.shape == (12,) and eager.dtype == jnp.float32
+  jitted = jax.jit(reward.score)(reward.params, images, prepared)
+  np.testing.assert_allclose(jitted, eager, rtol=1e-5)
+  flipped = reward.score(reward.params, images[::-1], jax.tree.map(lambda a: a[::-1], prepared))
+  np.testing.assert_allclose(flipped, eager[::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", "a red heart", "a heart on a teal background"])
+def test_a_prompt_without_a_palette_colour_is_named(prompt):
+  with pytest.raises(UserError, match="each prompt, not") as e:
+    color_match().prepare(["a cat on a red background", prompt])
+  assert repr(prompt) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_background_word_decides_not_other_colours():
+  prepared = color_match().prepare(["a red heart on an Orange background, white outline"])
+  np.testing.assert_allclose(prepared["colour"][0] * 255, PALETTE["orange"])
+
+
+def test_jpeg_size_is_pillows_in_kilobytes():
+  images = (_noise(3, 32, 32, 3) * 255).astype(np.uint8)
+  images[0] = 200
+  sizes = []
+  for image in images:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=95)
+    sizes.append(len(buffer.getvalue()) / 1000)
+  np.testing.assert_allclose(jpeg_incompressibility().score(images, [""] * 3), sizes, rtol=1e-6)
+  compressibility = jpeg_compressibility().score(images, [""] * 3)
+  np.testing.assert_allclose(compressibility, np.negative(sizes), rtol=1e-6)
+  assert compressibility[0] > compressibility[1]
+
+
+# --- The registry and the weighted sum ---------------------------------------------------------
+
+def test_sum_of_jax_rewards_is_the_sum_and_gives_its_terms():
+  reward = make_reward(("color_match", "brightness"), (2.0, -0.5))
+  assert isinstance(reward, Reward) and reward.differentiable
+  assert reward.name == "2*color_match + -0.5*brightness"
+  images = _noise(12, 16, 16, 3)
+  a, b = (_score(f(), images, PROMPTS) for f in (color_match, brightness))
+  np.testing.assert_allclose(_score(reward, images, PROMPTS), 2 * a - 0.5 * b, rtol=1e-5, atol=1e-6)
+  terms = jax.jit(reward.terms)(reward.params, images, reward.prepare(PROMPTS))
+  np.testing.assert_allclose(terms["color_match"], a, rtol=1e-5)
+  np.testing.assert_allclose(terms["brightness"], b, rtol=1e-5)
+  np.testing.assert_allclose(weighted_sum(reward.weights, terms), 2 * a - 0.5 * b, rtol=1e-5,
+                             atol=1e-6)
+
+
+def test_terms_of_one_name_do_not_mix():
+  """Both colour rules have entries in `prepared`; each must get its own."""
+  reward = make_reward(("color_match", "color_accuracy"), (0.0, 1.0))
+  assert not reward.differentiable
+  images = np.stack([_plain(c) for c in COLOURS])
+  np.testing.assert_array_equal(_score(reward, images, PROMPTS), 1)
+  assert all(len(a) == len(PROMPTS) for a in reward.prepare(PROMPTS).values())
+
+
+def test_a_black_box_term_makes_the_sum_a_host_reward():
+  reward = make_reward(("brightness", "jpeg_compressibility"), (1.0, 0.1))
+  assert isinstance(reward, HostReward)
+  images = (_noise(4, 16, 16, 3) * 255).astype(np.uint8)
+  bright = _score(brightness(), images.astype(np.float32) / 255, [""] * 4)
+  size = jpeg_compressibility().score(images, [""] * 4)
+  scores = reward.score(images, [""] * 4)
+  assert scores.dtype == np.float32
+  np.testing.assert_allclose(scores, bright + 0.1 * size, rtol=1e-5)
+  np.testing.assert_allclose(reward.terms(images, [""] * 4)["brightness"], bright, rtol=1e-5)
+
+
+def test_a_single_name_is_a_sum_of_one():
+  reward = make_reward(("color_match",), (1.0,))
+  assert reward.name == "color_match" and reward.weights == {"color_match": 1.0}
+  images, bare = _noise(12, 16, 16, 3), color_match()
+  np.testing.assert_allclose(_score(reward, images, PROMPTS), _score(bare, images, PROMPTS))
+  assert set(bare.terms(bare.params, jnp.asarray(images), bare.prepare(PROMPTS))) == {"color_match"}
+
+
+@pytest.mark.parametrize("names, weights, message", [
+  ((), (), "reward.names is empty"),
+  (("brightness", "brightness"), (1, 1), "a name twice"),
+  (("brightness",), (1, 2), "reward.weights has 2 numbers for 1 reward.names"),
+  (("brightness",), (float("nan"),), "reward.weights must be finite"),
+  (("beauty",), (1,), "reward.names: unknown reward 'beauty'; choose from brightness, color_acc"),
+])
+def test_wrong_config(names, weights, message):
+  with pytest.raises(UserError) as e:
+    make_reward(names, weights)
+  assert message in str(e.value) and "\n" not in str(e.value)
+
+
+class _EntryPoint:
+  value = "other_package:reward"
+
+  def __init__(self, name):
+    self.name = name
+
+  def load(self):
+    return lambda: Reward("theirs", {}, lambda prompts: {}, lambda p, x, c: x.sum((1, 2, 3)))
+
+
+def _install(monkeypatch, name):
+  monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [_EntryPoint(name)])
+
+
+def test_other_packages_add_rewards(monkeypatch):
+  _install(monkeypatch, "theirs")
+  images = _noise(2, 4, 4, 3)
+  np.testing.assert_allclose(_score(make_reward(("theirs",), (2,)), images, ["", ""]),
+                             2 * images.sum((1, 2, 3)), rtol=1e-6)
+
+
+def test_a_name_cannot_be_registered_twice(monkeypatch):
+  _install(monkeypatch, next(iter(REWARDS)))
+  with pytest.raises(UserError, match="registered twice; other_package:reward"):
+    make_reward(("brightness",), (1,))

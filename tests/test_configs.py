@@ -1,0 +1,167 @@
+"""Configs: golden dumps of recipes, strict keys and types, ranges, batch algebra."""
+import dataclasses
+import json
+import os
+import pathlib
+
+import ml_collections
+import pytest
+import runs
+
+from jaxalign import configs_lib
+from jaxalign.configs_lib import default, parse, recipe_path, split_argument
+from jaxalign.errors import UserError
+from jaxalign.methods.nabla_gfn import PRESETS
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
+REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
+RECIPES = ["nabla_gfn:emoji", "nabla_gfn:smoke"] + [f"nabla_gfn:smoke,{name}" for name in PRESETS]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_golden_dump(recipe):
+  """Run with JAXALIGN_REFRESH_GOLDEN=1 to write the dumps anew; review them as a diff."""
+  name, _, argument = recipe.partition(":")
+  config = runs.recipe(argument, name)
+  assert config.is_locked
+  found = parse(config).to_dict()
+  assert found["recipe"] == recipe
+  file = GOLDEN / f"{recipe.replace(':', '-').replace(',', '-')}.json"
+  if REFRESH:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+  assert json.loads(file.read_text()) == found
+  assert parse(found) == parse(config)              # config.json reads back to the same
+
+
+def test_no_argument_is_the_embedded_model():
+  assert parse(runs.recipe("")) == parse(runs.recipe("emoji"))
+
+
+def test_every_recipe_file_gives_a_locked_config():
+  for file in (runs.ROOT / "configs").glob("[a-z]*.py"):
+    assert runs.recipe("smoke", file.stem).is_locked
+
+
+def test_presets_change_the_method_only():
+  smoke, release = (parse(runs.recipe(a)) for a in ("smoke", "smoke,release"))
+  assert release.method.optimizer_repeats == 2 and not release.method.flow_target_stopgrad
+  assert release.method.strata == smoke.method.strata == 2        # the size has the last word
+  assert dataclasses.replace(release, method=smoke.method, recipe=smoke.recipe) == smoke
+  with pytest.raises(UserError, match="'relase' is unknown; there are emoji, smoke, paper"):
+    runs.recipe("smoke,relase")
+
+
+def test_split_argument():
+  assert split_argument("", ("emoji", "smoke")) == ("emoji", [])
+  assert split_argument("p,smoke", ("emoji", "smoke"), ("p", "q")) == ("smoke", ["p"])
+
+
+def test_locked():
+  config = default("nabla_gfn")
+  for set_it in (lambda: setattr(config, "lr", 1.0), lambda: setattr(config.optim, "rl", 1.0)):
+    with pytest.raises(AttributeError):
+      set_it()
+
+
+def test_parse_takes_numbers_as_they_are_written():
+  config = default("nabla_gfn").unlock()
+  config.sample.guidance = 2
+  config.reward.names, config.reward.weights = ["brightness"], [1]
+  parsed = parse(config)
+  assert type(parsed.sample.guidance) is float
+  assert parsed.reward == configs_lib.RewardConfig(("brightness",), (1.0,))
+
+
+def changed(path, value):
+  """The default config as nested dicts with one key set, or deleted."""
+  tree = default("nabla_gfn").to_dict()
+  *groups, key = path.split(".")
+  inner = tree
+  for group in groups:
+    inner = inner[group]
+  if value is None:
+    del inner[key]
+  else:
+    inner[key] = value
+  return tree
+
+
+@pytest.mark.parametrize("path, value, message", [
+    ("trian", {}, "config key trian is unknown"),
+    ("train.stpes", 3, r"train\.stpes is unknown; train has .*steps"),
+    ("method.betta", 3.0, r"method\.betta is unknown"),
+    ("train", None, "config key train is missing"),
+    ("train.steps", None, r"train\.steps is missing"),
+    ("method.beta", None, r"method\.beta is missing"),
+    ("train.steps", 3.0, r"train\.steps=3\.0 is of type float, not int"),
+    ("train.steps", True, r"train\.steps=True is of type bool, not int"),
+    ("train.keep_best", 1, r"train\.keep_best=1 is of type int, not bool"),
+    ("optim.lr", "1e-3", r"optim\.lr='1e-3' is of type str, not float"),
+    ("seed", "0", "config key seed='0' is of type str"),
+    ("reward.names", "brightness", r"reward\.names='brightness' is of type str"),
+    ("reward.weights", ("1",), r"reward\.weights\[0\]='1' is of type str, not float"),
+    ("reward.names", (), r"reward\.names is empty"),
+    ("reward.weights", (1.0, 2.0), r"reward\.weights has 2 values for 1 names"),
+    ("method.name", "nabla", r"method\.name='nabla' is unknown; choose one of"),
+    ("method.name", None, r"method\.name=None is unknown"),
+    ("method.gamma", "two", r"method\.gamma='two' is not one of"),
+    ("method.prox", -1.0, r"method\.prox=-1\.0 is negative"),
+    ("method.reverse", "lean", r"method\.reverse='lean' trains the flow net only"),
+    ("model.adapter", "dora", r"model\.adapter='dora' is not one of"),
+    ("model.dtype", "float16", r"model\.dtype='float16' is not one of"),
+    ("model.lora_rank", 0, r"model\.lora_rank=0 is below 1"),
+    ("model.lora_targets", ("atention",), r"model\.lora_targets='atention' is not one of"),
+    ("sample.batch", 0, r"sample\.batch=0 is below 1"),
+    ("sample.guidance", -1.0, r"sample\.guidance=-1\.0 is below 0"),
+    ("train.steps", 0, r"train\.steps=0 is below 1"),
+    ("train.max_seconds", -1.0, r"train\.max_seconds=-1\.0 is below 0"),
+    ("train.checkpoint_every", 0, r"train\.checkpoint_every=0 is below 1"),
+    ("optim.lr", -1.0, r"optim\.lr=-1\.0 is negative"),
+    ("optim.ema", 1.0, r"optim\.ema=1\.0 is outside \[0, 1\)"),
+    ("optim.accumulate", 0, r"optim\.accumulate=0 is below 1"),
+    ("mesh.data", 0, r"mesh\.data=0 is below 1"),
+    ("mesh.fsdp", -1, r"mesh\.fsdp=-1 is below 1"),
+    ("eval.samples", 1, r"eval\.samples=1 is below 2"),
+    ("log.grid_prompts", 0, r"log\.grid_prompts=0 is below 1"),
+    ("optim.accumulate", 3, r"sample\.batch=16 does not divide into method\.minibatches"),
+])
+def test_bad_value_names_its_key(path, value, message):
+  with pytest.raises(UserError, match=message):
+    parse(changed(path, value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["optim.lr", "sample.guidance", "method.beta", "train.max_seconds"])
+def test_numbers_that_are_not_finite_are_refused(key, value):
+  with pytest.raises(UserError, match=f"{key}={value} is not a finite number"):
+    parse(changed(key, value))
+
+
+def test_batch_algebra_over_devices():
+  cfg = parse(default("nabla_gfn"))
+  for shards in (1, 2, 4, 8):
+    cfg.check_devices(shards)                      # the default works on 8 devices
+  with pytest.raises(UserError, match=r"sample\.batch=16 does not divide over 3 devices"):
+    cfg.check_devices(3)
+  uneven = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch=12))
+  with pytest.raises(UserError, match=r"eval\.batch=12 does not divide over 8 devices"):
+    uneven.check_devices(8)
+  parts = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accumulate=4))
+  with pytest.raises(UserError, match=r"sample\.batch=16 in 4 parts .* 4 trajectories for 8 "):
+    parts.check_devices(8)
+
+
+def test_shipped_recipes_by_name():
+  path = pathlib.Path(recipe_path("jaxalign:nabla_gfn"))
+  assert path.name == "nabla_gfn.py" and path.is_file()
+  assert recipe_path("jaxalign:nabla_gfn:smoke,release") == f"{path}:smoke,release"
+  assert recipe_path("configs/nabla_gfn.py:smoke") == "configs/nabla_gfn.py:smoke"
+  with pytest.raises(UserError, match="no recipe 'nabla'; there are .*nabla_gfn"):
+    recipe_path("jaxalign:nabla")
+
+
+def test_to_dict_is_plain_json():
+  found = parse(ml_collections.FrozenConfigDict(default("nabla_gfn").to_dict()).to_dict()).to_dict()
+  assert json.loads(json.dumps(found)) == found
+  assert found["method"]["name"] == "nabla_gfn" and isinstance(found["reward"]["names"], list)
