@@ -57,7 +57,7 @@ def main(argv):
   pm = lambda a: f"{a.mean():+.3f} ± {a.std(ddof=1) / np.sqrt(len(a)):.3f}"
   print(f"guidance by the guess, raw beta {_BETA.value:g}, {n} samples (reward mean without "
         f"{before[0].mean():.3f})")
-  for name in nabla_gfn.GAMMAS:
+  for name in ("one", "sqrt_abar", "abar"):
     gammas = nabla_gfn.gamma_at(name, jnp.asarray(sampler.abar, jnp.float32))
     reward, judge, kl = guide(frozen, batch, _BETA.value, gammas)
     print(f"  gamma {name:10s} reward {pm(np.asarray(reward - before[0]))}   judge "

@@ -7,14 +7,15 @@ dataclasses that check types, ranges and batch algebra. No other place has defau
 import dataclasses
 import importlib.util
 import json
-import math
 import pathlib
 import typing
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
 from jaxalign import methods
 from jaxalign.errors import UserError
+from jaxalign.fields import Count, NonNegative, Range, Whole, check
 from jaxalign.methods.optimizer import OptimConfig
 
 
@@ -32,19 +33,14 @@ class ModelConfig:
     remat: "none", or "block" to keep less activation memory in gradients.
   """
   path: str = "jaxalign:emoji"
-  adapter: str = "lora"
-  lora_rank: int = 16
-  lora_targets: tuple[str, ...] = ("attention",)
-  dtype: str = "float32"
-  remat: str = "none"
+  adapter: Literal["lora", "full"] = "lora"
+  lora_rank: Count = 16
+  lora_targets: tuple[Literal["attention", "ff", "conv"], ...] = ("attention",)
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "block"] = "none"
 
   def __post_init__(self):
-    _choice("model.adapter", self.adapter, ("lora", "full"))
-    _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-    _choice("model.remat", self.remat, ("none", "block"))
-    for target in self.lora_targets:
-      _choice("model.lora_targets", target, ("attention", "ff", "conv"))
-    _at_least("model.lora_rank", self.lora_rank, 1)
+    check("model", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +55,7 @@ class RewardConfig:
   weights: tuple[float, ...] = (1.0,)
 
   def __post_init__(self):
+    check("reward", self)
     if not self.names:
       raise UserError("reward.names is empty")
     if len(self.names) != len(self.weights):
@@ -76,6 +73,9 @@ class DataConfig:
   prompts: str = "jaxalign:emoji_train"
   eval_prompts: str = "jaxalign:emoji_heldout"
 
+  def __post_init__(self):
+    check("data", self)
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -88,19 +88,17 @@ class SampleConfig:
     spacing: "leading", "trailing", "linspace", or empty for the checkpoint's.
     final: "alpha0" (stochastic last step), "one", or empty for the checkpoint's.
   """
-  batch: int = 16
-  steps: int = 20
-  guidance: float = 3.0
-  kind: str = "ddim"
-  eta: float = 1.0
-  variance: str = "small"
-  spacing: str = ""
-  final: str = "alpha0"
+  batch: Count = 16
+  steps: Count = 20
+  guidance: NonNegative = 3.0
+  kind: Literal["ddim", "ddpm"] = "ddim"
+  eta: NonNegative = 1.0
+  variance: Literal["small", "large"] = "small"
+  spacing: Literal["", "leading", "trailing", "linspace"] = ""
+  final: Literal["", "alpha0", "one"] = "alpha0"
 
   def __post_init__(self):
-    _at_least("sample.batch", self.batch, 1)
-    _at_least("sample.steps", self.steps, 1)
-    _at_least("sample.guidance", self.guidance, 0)
+    check("sample", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,33 +113,29 @@ class TrainConfig:
       errors below the base model's; 0 is never.
     tolerance: see patience.
   """
-  steps: int = 48
-  max_seconds: float = 0.0
-  checkpoint_every: int = 12
-  keep: int = 2
+  steps: Count = 48
+  max_seconds: NonNegative = 0.0
+  checkpoint_every: Count = 12
+  keep: Count = 2
   keep_best: bool = False
-  patience: int = 2
-  tolerance: float = 2.0
+  patience: Whole = 2
+  tolerance: NonNegative = 2.0
 
   def __post_init__(self):
-    for key in ("steps", "checkpoint_every", "keep"):
-      _at_least(f"train.{key}", getattr(self, key), 1)
-    for key in ("max_seconds", "patience", "tolerance"):
-      _at_least(f"train.{key}", getattr(self, key), 0)
+    check("train", self)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices per mesh axis; `data=-1` takes all that the others leave."""
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: Annotated[int, Range(-1)] = -1
+  fsdp: Count = 1
+  tensor: Count = 1
 
   def __post_init__(self):
-    if self.data != -1:
-      _at_least("mesh.data", self.data, 1)
-    _at_least("mesh.fsdp", self.fsdp, 1)
-    _at_least("mesh.tensor", self.tensor, 1)
+    check("mesh", self)
+    if self.data == 0:
+      raise UserError("mesh.data=0 is below 1, and not -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,22 +152,17 @@ class EvalConfig:
     path_kl: whether the tuned model's path KL to the base is measured (as many denoiser calls
       again).
   """
-  prompts: int = 32
-  samples: int = 8
-  every: int = 12
-  watch_prompts: int = 16
-  watch_samples: int = 4
-  batch: int = 64
+  prompts: Whole = 32
+  samples: Annotated[int, Range(2)] = 8
+  every: Whole = 12
+  watch_prompts: Count = 16
+  watch_samples: Annotated[int, Range(2)] = 4
+  batch: Count = 64
   judge: str = "emoji_judge"
   path_kl: bool = True
 
   def __post_init__(self):
-    for key in ("samples", "watch_samples"):
-      _at_least(f"eval.{key}", getattr(self, key), 2)
-    for key in ("watch_prompts", "batch"):
-      _at_least(f"eval.{key}", getattr(self, key), 1)
-    for key in ("prompts", "every"):
-      _at_least(f"eval.{key}", getattr(self, key), 0)
+    check("eval", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +173,10 @@ class LogConfig:
     tensorboard: also write event files. grid_prompts: rows of the sample pictures.
   """
   tensorboard: bool = True
-  grid_prompts: int = 8
+  grid_prompts: Count = 8
 
   def __post_init__(self):
-    _at_least("log.grid_prompts", self.grid_prompts, 1)
+    check("log", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +186,7 @@ class Config:
   method_name: str
   seed: int
   model: ModelConfig
-  method: typing.Any
+  method: Any
   reward: RewardConfig
   data: DataConfig
   sample: SampleConfig
@@ -208,6 +197,9 @@ class Config:
   log: LogConfig
 
   def __post_init__(self):
+    if type(self.seed) is not int:
+      raise UserError(f"config key seed={self.seed!r} is of type {type(self.seed).__name__}, not "
+                      "int")
     if self.sample.batch % self.parts:
       raise UserError(f"sample.batch={self.sample.batch} does not divide into method.minibatches x "
                       f"optim.accumulate = {self.parts} parts")
@@ -291,7 +283,7 @@ def parse(config: ml_collections.ConfigDict | dict) -> Config:
   method = dict(tree["method"])
   name = method.pop("name", None)
   groups = {key: _build(cls, key, tree[key]) for key, cls in GROUPS.items()}
-  return Config(recipe=tree["recipe"], method_name=name, seed=_typed("seed", int, tree["seed"]),
+  return Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
                 method=_build(methods.load(name).Config, "method", method), **groups)
 
 
@@ -320,29 +312,13 @@ def _build(cls, group: str, values: dict):
   for key in fields:
     if key not in values:
       raise UserError(f"config key {group}.{key} is missing")
-  return cls(**{key: _typed(f"{group}.{key}", kind, values[key]) for key, kind in fields.items()})
+  return cls(**{key: _as_field(kind, values[key]) for key, kind in fields.items()})
 
 
-def _typed(key: str, kind, value):
-  """The value as its declared type; ints pass as floats and lists as tuples, nothing else bends."""
+def _as_field(kind, value):
+  """JSON and command lines write lists for tuples and 1 for 1.0; `fields.check` does the rest."""
   if kind is float and type(value) is int:
     return float(value)
   if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
-    inner = typing.get_args(kind)[0]
-    return tuple(_typed(f"{key}[{i}]", inner, v) for i, v in enumerate(value))
-  if type(value) is not kind:
-    wanted = kind.__name__ if isinstance(kind, type) else str(kind)
-    raise UserError(f"config key {key}={value!r} is of type {type(value).__name__}, not {wanted}")
-  if kind is float and not math.isfinite(value):
-    raise UserError(f"config key {key}={value!r} is not a finite number")
+    return tuple(_as_field(typing.get_args(kind)[0], item) for item in value)
   return value
-
-
-def _choice(key, value, choices):
-  if value not in choices:
-    raise UserError(f"{key}={value!r} is not one of {choices}")
-
-
-def _at_least(key, value, low):
-  if value < low:
-    raise UserError(f"{key}={value} is below {low}")

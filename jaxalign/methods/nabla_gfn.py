@@ -20,7 +20,7 @@ independent of x' (identity I1), so it is computed from noise estimates and neve
 of two large scores.
 """
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from jaxalign.errors import UserError
+from jaxalign.fields import Count, Fraction, NonNegative, check
 from jaxalign.methods import Method, Models
 from jaxalign.methods.optimizer import (
   OptimConfig,
@@ -36,12 +37,6 @@ from jaxalign.methods.optimizer import (
   make_optimizer,
 )
 from jaxalign.sampling import expand, guided_eps, rollout
-
-WEIGHTINGS = ("eps", "score", "std")
-REVERSES = ("off", "lean", "sampled")
-GAMMAS = ("one", "sqrt_abar", "abar")
-X0_NETS = ("theta", "ref")
-REWARD_GRADS = ("onestep", "final_latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,43 +77,31 @@ class Config:
     train_last_reverse: whether the reverse loss includes the last transition.
   """
   beta: float = 2.0
-  beta_unit: str = "sigma"
-  weighting: str = "eps"
-  reverse: str = "off"
-  reverse_weight: float = 1.0
+  beta_unit: Literal["sigma", "raw"] = "sigma"
+  weighting: Literal["eps", "score", "std"] = "eps"
+  reverse: Literal["off", "lean", "sampled"] = "off"
+  reverse_weight: NonNegative = 1.0
   flow: bool = False
   flow_target_stopgrad: bool = True
-  flow_lr: float = 1e-3
-  flow_weight_decay: float = 1e-2
-  gamma: str = "sqrt_abar"
-  x0_net: str = "ref"
-  reward_grad: str = "onestep"
-  perturbations: int = 1
-  perturb_std: float = 0.0
-  grad_cap_quantile: float = 0.0
-  prox: float = 0.1
-  replay_lag: int = 0
-  strata: int = 4
+  flow_lr: NonNegative = 1e-3
+  flow_weight_decay: NonNegative = 1e-2
+  gamma: Literal["one", "sqrt_abar", "abar"] = "sqrt_abar"
+  x0_net: Literal["theta", "ref"] = "ref"
+  reward_grad: Literal["onestep", "final_latent"] = "onestep"
+  perturbations: Count = 1
+  perturb_std: NonNegative = 0.0
+  grad_cap_quantile: Fraction = 0.0
+  prox: NonNegative = 0.1
+  replay_lag: Literal[0, 1] = 0
+  strata: Count = 4
   always_final: bool = True
   pretrained_strength: float = 1.0
-  minibatches: int = 1
-  optimizer_repeats: int = 1
+  minibatches: Count = 1
+  optimizer_repeats: Count = 1
   train_last_reverse: bool = True
 
   def __post_init__(self):
-    choices = dict(beta_unit=("sigma", "raw"), weighting=WEIGHTINGS, reverse=REVERSES, gamma=GAMMAS,
-                   x0_net=X0_NETS, reward_grad=REWARD_GRADS, replay_lag=(0, 1))
-    for key, allowed in choices.items():
-      if getattr(self, key) not in allowed:
-        raise UserError(f"method.{key}={getattr(self, key)!r} is not one of {allowed}")
-    for key in ("reverse_weight", "flow_lr", "flow_weight_decay", "perturb_std", "prox"):
-      if getattr(self, key) < 0:
-        raise UserError(f"method.{key}={getattr(self, key)} is negative")
-    for key in ("perturbations", "minibatches", "optimizer_repeats", "strata"):
-      if getattr(self, key) < 1:
-        raise UserError(f"method.{key}={getattr(self, key)} is below 1")
-    if not 0 <= self.grad_cap_quantile < 1:
-      raise UserError(f"method.grad_cap_quantile={self.grad_cap_quantile} is outside [0, 1)")
+    check("method", self)
     if self.reverse != "off" and not self.flow:
       raise UserError(f"method.reverse={self.reverse!r} trains the flow net only: set "
                       "method.flow=True or method.reverse='off'")
@@ -441,9 +424,12 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     # Interleaved split: each device keeps rows of its own shard in every minibatch.
     split = jax.tree.map(
         lambda a: a.reshape((-1, cfg.minibatches) + a.shape[1:]).swapaxes(0, 1), rows)
+    logged = []
     for i in range(cfg.minibatches):
       state, metrics = step(state, frozen, jax.tree.map(lambda a: a[i], split),
                             jax.random.fold_in(key_train, i))
+      logged.append(metrics)
+    metrics = jax.tree.map(lambda *values: sum(values) / cfg.minibatches, *logged)
     if cfg.replay_lag:
       state["replay"] = fresh
     return state, metrics

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.errors import UserError
+from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +23,19 @@ class OptimConfig:
     ema: decay of the policy's moving average in (0, 1), warmed up; 0 is off and exports raw
       weights.
   """
-  lr: float = 3e-4
-  b1: float = 0.9
-  b2: float = 0.99
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  clip_norm: float = 1.0
-  warmup: int = 0
-  decay_steps: int = 0
-  accumulate: int = 1
-  ema: float = 0.0
+  lr: NonNegative = 3e-4
+  b1: Fraction = 0.9
+  b2: Fraction = 0.99
+  eps: NonNegative = 1e-8
+  weight_decay: NonNegative = 0.0
+  clip_norm: NonNegative = 1.0
+  warmup: Whole = 0
+  decay_steps: Whole = 0
+  accumulate: Count = 1
+  ema: Fraction = 0.0
 
   def __post_init__(self):
-    for key in ("lr", "eps", "weight_decay", "clip_norm", "warmup", "decay_steps"):
-      if getattr(self, key) < 0:
-        raise UserError(f"optim.{key}={getattr(self, key)} is negative")
-    for key in ("b1", "b2", "ema"):
-      if not 0 <= getattr(self, key) < 1:
-        raise UserError(f"optim.{key}={getattr(self, key)} is outside [0, 1)")
-    if self.accumulate < 1:
-      raise UserError(f"optim.accumulate={self.accumulate} is below 1")
+    check("optim", self)
 
 
 def learning_rate(cfg: OptimConfig) -> optax.Schedule:
@@ -51,7 +44,8 @@ def learning_rate(cfg: OptimConfig) -> optax.Schedule:
           else optax.constant_schedule(cfg.lr))
   if not cfg.warmup:
     return main
-  return optax.join_schedules([optax.linear_schedule(0.0, cfg.lr, cfg.warmup), main], [cfg.warmup])
+  rise = optax.linear_schedule(cfg.lr / (cfg.warmup + 1), cfg.lr, cfg.warmup)   # no step is lost
+  return optax.join_schedules([rise, main], [cfg.warmup])
 
 
 def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:

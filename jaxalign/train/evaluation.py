@@ -48,6 +48,7 @@ class Evaluator:
   def __init__(self, exp: Experiment):
     self._exp = exp
     self._root = jax.random.key(exp.config.seed)
+    self._tables = {}            # the same few prompt sets are evaluated again and again
     self._sample = jax.jit(self._sample_batch)
     self._path_kl = jax.jit(self._path_kl_batch)
 
@@ -92,7 +93,10 @@ class Evaluator:
     """
     exp, size = self._exp, self._exp.config.eval.batch
     # Rows are gathered on the host, so that the program does not depend on the number of prompts.
-    table = jax.device_get(exp.prompt_table(prompts))
+    names = tuple(prompts)
+    if names not in self._tables:
+      self._tables[names] = exp.prompt_table(prompts)
+    table = self._tables[names]
     total = len(prompts) * samples
     ids = np.arange(-(-total // size) * size, dtype=np.int32)
     prompt_ids = np.minimum(ids, total - 1) // samples       # the last batch is filled up

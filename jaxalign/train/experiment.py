@@ -41,20 +41,19 @@ class Experiment:
   encode: Callable             # token ids [B, L] -> cond tree
 
   def prompt_table(self, prompts: list[str]) -> dict:
-    """Everything about P prompts that the device needs, computed once; `gather` takes rows of it.
+    """Everything about P prompts that the device needs, as host arrays; `gather` takes rows of it.
 
     `{"cond", "uncond", "prepared", "judge"}`: embeddings `[P, ...]` (`uncond` has one row) and the
     prepared arrays of reward and judge.
     """
     cond = [jax.device_get(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
             for i in range(0, len(prompts), 64)]
-    table = {
+    return {
         "cond": jax.tree.map(lambda *parts: np.concatenate(parts), *cond),
         "uncond": jax.device_get(self.encode(self.pipeline.tokenizer([""]))),
         "prepared": self.reward.prepare(prompts) if isinstance(self.reward, Reward) else {},
         "judge": self.judge.prepare(prompts),
     }
-    return jax.device_put(table, sharding.replicated(self.mesh))
 
 
 def gather(table, prompt_ids, sample_ids) -> dict:

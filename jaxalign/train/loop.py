@@ -196,9 +196,10 @@ class Programs:
   """The compiled parts of a step: collect and score, then update. Nothing in the loop compiles."""
 
   def __init__(self, exp: Experiment, method: methods.Method, table, root):
-    self._exp, self._method, self._table, self._root = exp, method, table, root
+    self._exp, self._method, self._root = exp, method, root
     self._batch = sharding.batch_sharding(exp.mesh)
     self._replicated = sharding.replicated(exp.mesh)
+    self._table = jax.device_put(table, self._replicated)
     self._ids = exp.put_batch(np.arange(exp.config.sample.batch, dtype=np.int32))
     self._collect = self._update = None
 
