@@ -29,9 +29,10 @@ setuptools.setup(
         "tqdm>=4.66",                  # progress bars
     ],
     extras_require={
-        # chex compares trees; parity is tested against torch and the last Flax pipelines
-        "test": ["chex>=0.1.90", "pytest>=8", "torch>=2.4", "transformers>=4.50,<5",
-                 "diffusers>=0.35,<0.40", "ruff>=0.12"],
+        # chex compares trees, xdist runs two files at a time; parity is tested against torch and
+        # the last Flax pipelines
+        "test": ["chex>=0.1.90", "pytest>=8", "pytest-xdist>=3.6", "torch>=2.4",
+                 "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "ruff>=0.12"],
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

@@ -15,12 +15,12 @@ def get_config(arg="emoji"):
   size, presets = configs_lib.split_argument(arg, ("emoji", "smoke"), PRESETS)
   config = configs_lib.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
   if size == "emoji":
-    # The scorer's gradient is noisy from image to image: taken through perturbed latents, it keeps
-    # the part that the images of a prompt share, which is what a policy can learn.
+    # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
+    # prompt share, which is what a policy can learn.
     config.method.beta = 5.0
     config.method.perturbations, config.method.perturb_std = 2, 0.8
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 72, 12, 24
-    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 1e-3, 4, 68
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 12, 20
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 6, 54
   else:
     configs_lib.make_smoke(config)
   for preset in presets:

@@ -30,16 +30,17 @@ def get_config(arg: str = ""):
   config.emoji_clip = dict(
       seed=1, steps=3 if smoke else 1000, names=4 if smoke else 64, lr=1e-3,
       max_logit_scale=30.0,   # caps 1 / temperature, so that scores spread over [-1, 1]
+      latent_noise=1.0,       # half of the images: up to this std, where latents have std 1
       model=dict(
           text_config=tower or dict(
               hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
               projection_dim=128),
-          vision_config=dict(image_size=32, patch_size=8, **(tower or dict(
-              hidden_size=192, intermediate_size=512, num_hidden_layers=3, num_attention_heads=6,
+          vision_config=dict(image_size=32, patch_size=4, **(tower or dict(
+              hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
               projection_dim=128)))))
   config.emoji_judge = dict(
       seed=2, steps=3 if smoke else 1000, names=4 if smoke else 64, lr=2e-3,
-      max_logit_scale=30.0,
+      max_logit_scale=30.0, latent_noise=0.0,
       model=dict(dim=16 if smoke else 64, widths=(8, 8) if smoke else (32, 64, 128),
                  text_width=16 if smoke else 128))
   config.lock()

@@ -10,14 +10,19 @@ vendors' drawings on two different backgrounds, so every caption has a wrong col
 to be told from; a step has few colours, so it has many wrong names on its own colour too. A caption
 that is also true of another image (the same name drawn by the other vendor, an equal name) is no
 negative.
+
+A scorer with `latent_noise` sees half of the images through the autoencoder, with noise on their
+latents. A reward's gradient is taken there, through the decoder, at the half-done images of a
+sampler; a scorer that is right in spite of such noise has gradients that change what one sees.
 """
+import dataclasses
 import functools
 import json
 import os
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -29,7 +34,9 @@ from tqdm import tqdm
 from jaxalign import rng
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
+from jaxalign.convert import load_pipeline
 from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
 from jaxalign.rewards.emoji import ASSETS, SCORERS, save_scorer
 
 NO_STYLE = 2  # third column of the caption table; 0 and 1 name the vendor's style
@@ -142,6 +149,31 @@ def draw_batch(tables: Tables, key, *, names: int, colours_per_step: int,
 # --- training -----------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+  """The embedded model's, for noise in its latents."""
+  vae: AutoencoderKL
+  params: Any
+
+  @classmethod
+  def load(cls) -> "Autoencoder":
+    pipeline = load_pipeline(ASSETS / "emoji")
+    return cls(pipeline.vae, pipeline.params["vae"])
+
+
+def through_latents(vae, params, images, most: float, key):
+  """Images decoded from noisy latents.
+
+  Args:
+    images: `[B, H, W, 3]` in [0, 1]. most: standard deviations are uniform in [0, most], in latent
+      units, where those of the data have standard deviation 1.
+  """
+  k_size, k_noise = jax.random.split(key)
+  latents = encode_images(vae, params, images)
+  sizes = jax.random.uniform(k_size, (len(images), 1, 1, 1), maxval=most)
+  return decode_images(vae, params, latents + sizes * jax.random.normal(k_noise, latents.shape))
+
+
 def contrastive_loss(image, text, scale, batch: Batch):
   """Symmetric InfoNCE; log B at initialisation.
 
@@ -160,8 +192,10 @@ def contrastive_loss(image, text, scale, batch: Batch):
   return 0.5 * (nll(logits) + nll(logits.T)), hit
 
 
-def make_step(module, tables: Tables, cfg, data_cfg, optim_cfg):
+def make_step(module, tables: Tables, cfg, data_cfg, optim_cfg, autoencoder=None):
   """`(init, step)`: `init(key) -> state` and `step(state, key, tables) -> state, metrics` jitted.
+
+  `autoencoder` is needed where `cfg.latent_noise` is above 0.
 
   The state holds `params` (`net` and `log_scale`), their average `ema`, `opt` and `step`.
   """
@@ -194,7 +228,13 @@ def make_step(module, tables: Tables, cfg, data_cfg, optim_cfg):
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, key, tables):
     # The barrier keeps XLA from redoing the augmentation inside the network's own loops.
-    batch = jax.lax.optimization_barrier(draw(tables, key))
+    batch = draw(tables, key)
+    if cfg.latent_noise:
+      half = len(batch.images) // 2      # of the names, which come in random order
+      noisy = through_latents(autoencoder.vae, autoencoder.params, batch.images[:half],
+                              cfg.latent_noise, jax.random.fold_in(key, 1))
+      batch = batch._replace(images=batch.images.at[:half].set(noisy))
+    batch = jax.lax.optimization_barrier(batch)
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"], batch)
     updates, opt = optimiser.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
@@ -236,7 +276,8 @@ def train(name: str, config, tables: Tables, tokenizer: Tokenizer, folder: pathl
     model |= text
   module = SCORERS[name](model)
   data_cfg = {k: v for k, v in config.data.items() if k != "categories"}
-  init, step = make_step(module, tables, cfg, data_cfg, config.optim)
+  autoencoder = Autoencoder.load() if cfg.latent_noise else None
+  init, step = make_step(module, tables, cfg, data_cfg, config.optim, autoencoder)
   root = jax.random.key(cfg.seed)
   state = init(rng.stream(root, rng.INIT))
   if checkpoint.exists():
