@@ -17,10 +17,10 @@ def get_config(arg="emoji"):
   if size == "emoji":
     # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
     # prompt share, which is what a policy can learn.
-    config.method.beta = 10.0
+    config.method.beta = 14.0
     config.method.perturbations, config.method.perturb_std = 2, 0.8
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 40, 10, 20
-    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 35
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 48, 12, 24
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 43
   else:
     configs_lib.make_smoke(config)
   for preset in presets:
