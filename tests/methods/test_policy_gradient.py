@@ -66,11 +66,15 @@ def first_update(models, cfg, reward, size, optim=DESCENT, prompts=1):
   """State before and after one update, its experience, rewards and metrics."""
   method = pg.make(models, cfg, optim)
   batch = batch_of(size, prompts, cfg.group)
-  state = method.init(KEY, models.frozen, batch)
-  experience = jax.jit(method.collect)(state, models.frozen, batch, KEY)
-  rewards = reward(experience["final"])
-  new, metrics = jax.jit(method.update)(state, models.frozen, experience, rewards, KEY)
-  return state, new, experience, rewards, metrics
+
+  @jax.jit
+  def run():
+    state = method.init(KEY, models.frozen, batch)
+    experience = method.collect(state, models.frozen, batch, KEY)
+    rewards = reward(experience["final"])
+    new, metrics = method.update(state, models.frozen, experience, rewards, KEY)
+    return state, new, experience, rewards, metrics
+  return run()
 
 
 def moved(state, new):
@@ -86,10 +90,9 @@ def standard_error(values, group):
 # ---- the estimator -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["score", "clip"])
-@pytest.mark.parametrize("reward, expected", [
-    (lambda x: x[:, 0], (0.9, 1.0)),                      # T1: dJ/db of the first and last step
-    (lambda x: -jnp.square(x[:, 0] - 1.0), (1.674, 1.86)),
+@pytest.mark.parametrize("objective, reward, expected", [
+    ("score", lambda x: x[:, 0], (0.9, 1.0)),             # T1: dJ/db of the first and last step
+    ("clip", lambda x: -jnp.square(x[:, 0] - 1.0), (1.674, 1.86)),
 ])
 def test_gradient_of_the_affine_chain(objective, reward, expected):
   """The sum over steps of A grad log p is dJ/db; the loss takes the mean of its two steps."""
@@ -143,8 +146,8 @@ def branches(size=2 ** 16, group=5, **options):
                  **options)
   method = pg.make(chain(), cfg, DESCENT)
   batch = batch_of(size // group * group)
-  state = method.init(KEY, chain().frozen, batch)
-  experience = jax.jit(method.collect)(state, chain().frozen, batch, KEY)
+  experience = jax.jit(lambda frozen: method.collect(
+      method.init(KEY, frozen, batch), frozen, batch, KEY))(chain().frozen)
   return cfg, experience, np.asarray(experience["noise"][:, 1, 0], np.float64).reshape(-1, group)
 
 
@@ -289,7 +292,7 @@ def test_nothing_selected_changes_nothing():
   """Not even by the momentum of steps before; the stage goes on."""
   models, cfg = chain(), b2_diffurl.Config(group=4, inner_epochs=1)
   optim = OptimConfig(lr=0.1, ema=0.9)
-  _, state, experience, rewards, metrics = first_update(models, cfg, lambda x: x[:, 0], 32, optim)
+  _, state, experience, _, _ = first_update(models, cfg, lambda x: x[:, 0], 32, optim)
   assert float(jnp.abs(state["policy"]["shift"]).max()) > 0 and int(state["updates"]) == 1
   new, metrics = jax.jit(pg.make(models, cfg, optim).update)(
       state, models.frozen, experience, jnp.ones(32), KEY)
@@ -303,8 +306,8 @@ def test_nothing_selected_changes_nothing():
 
 
 def bounds(cfg, steps, stages, key=KEY):
-  return np.asarray(jax.vmap(lambda s: pg.interval(cfg, steps, s, jax.random.fold_in(key, s)))(
-      jnp.arange(stages)))
+  at = lambda stage: pg.interval(cfg, steps, stage, jax.random.fold_in(key, stage))
+  return np.asarray(jax.jit(jax.vmap(at))(jnp.arange(stages)))
 
 
 def test_growing_interval_follows_the_published_table():
@@ -339,7 +342,7 @@ def test_branches_share_their_prefix():
   method = pg.make(models, cfg, DESCENT)
   batch = batch_of(24, 6, 4)
   state = method.init(KEY, models.frozen, batch)
-  collect = jax.jit(chex.assert_max_traces(method.collect, n=1))
+  collect = jax.jit(method.collect)
   for stage in (0, 3, 4):
     start = int(pg.interval(cfg, 10, stage, KEY)[0])
     state = dict(state, interval=pg.interval(cfg, 10, jnp.asarray(stage), KEY))
@@ -350,6 +353,7 @@ def test_branches_share_their_prefix():
     assert len(np.unique(x[:, 0, start, 0])) == 6
     assert all(len(np.unique(x[:, :, k, 0])) == 24 for k in range(start + 1, 10))
     assert len(np.unique(np.asarray(experience["final"])[:, 0])) == 24
+    assert collect._cache_size() == 1                  # one program for every interval
     # The trained transitions are those of the kernel: x_{k+1} = mean + s z.
     s = models.sampler
     k = np.arange(start, 9)
@@ -369,12 +373,15 @@ def test_one_branch_of_the_whole_chain_is_ddpo():
   states = []
   for cfg in (ddpo, b2):
     method, batch = pg.make(models, cfg, OptimConfig(lr=1e-2)), batch_of(16, 3)
-    collect, update = jax.jit(method.collect), jax.jit(chex.assert_max_traces(method.update, n=1))
+
+    @jax.jit
+    def step(state, i):
+      key = jax.random.fold_in(KEY, i)
+      experience = method.collect(state, models.frozen, batch, key)
+      return method.update(state, models.frozen, experience, experience["final"][:, 0], key)[0]
     state = method.init(KEY, models.frozen, batch)
     for i in range(3):
-      experience = collect(state, models.frozen, batch, jax.random.fold_in(KEY, i))
-      state, _ = update(state, models.frozen, experience, experience["final"][:, 0],
-                        jax.random.fold_in(KEY, i))
+      state = step(state, i)
     states.append(state)
   assert int(states[0]["updates"]) == 12
   for name in ("policy", "optimizer", "history"):
@@ -414,16 +421,20 @@ def test_log_ratio_is_the_difference_of_log_densities():
 
 
 def test_why_the_noise_is_recorded():
-  """T10: rounding x_{k+1} to bfloat16 moves the mean log-density of the last steps by more than
-  30 and 8 times a clip range of 1e-4; from the recorded noise it stays where it is."""
+  """T10: rounding x_{k+1} to bfloat16 moves the mean log-density by 32 and 8 clip ranges of 1e-4.
+
+  That is at the last two steps, for latents of unit spread. The published errors are those of one
+  latent, here there are 64.
+  """
   generator = np.random.default_rng(0)
-  for k, shift in ((19, -3.2e-3), (18, -8e-4)):
-    mean, z = generator.normal(size=(2, 8, 16384)) * np.asarray([0.9, 1.0])[:, None, None]
-    x = mean + SD20.std[k] * z
+  for k, shift, error in ((19, -3.2e-3, 6.6e-4), (18, -8e-4, 3.3e-4)):
+    mean, z = generator.normal(size=(2, 64, 16384))
+    x = np.sqrt(1 - SD20.std[k] ** 2) * mean + SD20.std[k] * z
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
-    moved = 0.5 * (z ** 2 - ((rounded - mean) / SD20.std[k]) ** 2).mean(1)
-    assert moved.mean() == pytest.approx(shift, rel=0.3)       # depends on the spread of x
-    assert abs(moved.mean()) > 7e-4
+    off = (rounded - x) / SD20.std[k]
+    moved = -(z * off + off ** 2 / 2).mean(1)
+    assert abs(moved.mean() - shift) < 4.5 * error / 8
+    assert moved.std() == pytest.approx(error, rel=0.4)
 
 
 def test_mean_ratio_is_below_one():
@@ -452,8 +463,7 @@ def test_clip_geometry(adv, log_rho, alive):
   assert float(jax.grad(lambda r: pg.surrogate("score", r, adv, 0.1))(log_rho)) == -adv
 
 
-@pytest.mark.parametrize("weights", ["uniform", "even"])
-@pytest.mark.parametrize("preset", ["b2_paper", "b2_code"])
+@pytest.mark.parametrize("preset, weights", [("b2_paper", "even"), ("b2_code", "uniform")])
 def test_update_in_numpy(preset, weights):
   """One optimiser step of the presets from the experience alone; and again in micro-batches.
 
@@ -519,7 +529,6 @@ def test_clipping_holds_the_policy_near_the_one_that_sampled():
 @pytest.mark.parametrize("cfg", [
     pg.Config(minibatches=2, inner_epochs=2, clip_range=0.2, min_count=8),
     b2_diffurl.Config(group=8, clip_range=0.2, interval_first=0.5, interval_stages=40),
-    b2_diffurl.Config(**{**b2_diffurl.PRESETS["b2_code"], "group": 8, "interval_stages": 40}),
 ])
 def test_a_sparse_reward_is_learned(cfg):
   """R = [x > 2.5], 0.7 % of the base's samples; its mean follows from the offsets exactly."""
@@ -544,7 +553,6 @@ def test_a_sparse_reward_is_learned(cfg):
 
 
 def test_product_is_the_average_if_there_is_one():
-  *_, = first_update(chain(), pg.Config(), lambda x: x[:, 0], 16)
   for optim in (OptimConfig(lr=0.1), OptimConfig(lr=0.1, ema=0.5)):
     _, state, *_ = first_update(chain(), pg.Config(), lambda x: x[:, 0], 16, optim)
     product = pg.make(chain(), pg.Config(), optim).product(state)
@@ -625,9 +633,12 @@ def test_guidance_is_part_of_the_policy():
   shifts = []
   for m in (models, both):
     method = pg.make(m, unbiased(), DESCENT)
-    state = method.init(KEY, m.frozen, batch)
-    experience = method.collect(state, m.frozen, batch, KEY)
-    rewards = experience["noise"].sum((1, 2))
-    state, _ = method.update(state, m.frozen, experience, rewards, KEY)
-    shifts.append(state["policy"]["shift"])
+
+    @jax.jit
+    def run():
+      state = method.init(KEY, m.frozen, batch)
+      experience = method.collect(state, m.frozen, batch, KEY)
+      rewards = experience["noise"].sum((1, 2))
+      return method.update(state, m.frozen, experience, rewards, KEY)[0]["policy"]["shift"]
+    shifts.append(run())
   np.testing.assert_allclose(shifts[1], 3 * shifts[0], rtol=1e-4)
