@@ -1,6 +1,7 @@
 """The smoke recipes of DDPO and B2-DiffuRL through the loop."""
 import json
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -10,10 +11,10 @@ from jaxalign.errors import UserError
 from jaxalign.train import loop
 from jaxalign.train.loop import draw_prompts
 
-# One optimiser step a batch: the policy that trains is the one that sampled. The reward is a black
-# box.
+# One optimiser step a batch: the policy that trains is the one that sampled. The reward, one of its
+# terms a black box, is that of a run in `train/test_loop.py`, whose evaluation programs it shares.
 B2 = dict(name="b2_diffurl", method__inner_epochs=1, eval__path_kl=False,
-          reward__names=("jpeg_incompressibility",))
+          reward__names=("jpeg_compressibility", "brightness"), reward__weights=(1.0, 0.5))
 
 
 def test_ddpo_smoke_run():
@@ -34,6 +35,7 @@ def test_ddpo_smoke_run():
   assert summary["cost"]["reward_queries"] == 3 * 8 and summary["cost"]["reward_gradients"] == 0
 
 
+@pytest.mark.slow
 def test_ddpo_resumes_with_its_statistics():
   """Rewards of earlier updates are part of the checkpoint."""
   whole = runs.run("ddpo", name="ddpo")
@@ -60,6 +62,19 @@ def test_b2_smoke_run_with_a_black_box():
   rollout, trained = 2 * 0.5 + 8 * 3.5, 2 * 2 * 3.5
   assert summary["cost"]["denoiser_forward"] == 3 * round(2 * (rollout + trained))
   assert summary["cost"]["denoiser_backward"] == 3 * round(2 * trained)
+
+
+@pytest.mark.slow
+def test_b2_on_eight_devices():
+  """Groups stay on their device; numbers agree with one device to rounding."""
+  options = dict(name="b2_diffurl", sample__batch=32, train__steps=2, eval__every=0,
+                 eval__path_kl=False)
+  one = runs.metrics(runs.run("b2 one", **options))
+  many = runs.metrics(runs.run("b2 eight", jax.devices(), mesh__data=-1, **options))
+  assert many[0]["train/grad_norm"] == pytest.approx(one[0]["train/grad_norm"], rel=1e-3)
+  for before, after in zip(one, many):
+    for name in ("train/reward", "train/kept", "train/interval"):
+      assert after[name] == pytest.approx(before[name], rel=1e-5)
 
 
 def test_groups_share_their_prompt():
