@@ -13,6 +13,8 @@ from jaxalign.sampling import Sampler, Schedule
 
 # name -> module that offers `Config` (a validated dataclass) and `make(models, cfg) -> Method`.
 METHODS = {
+    "b2_diffurl": "jaxalign.methods.b2_diffurl",
+    "ddpo": "jaxalign.methods.policy_gradient",
     "nabla_gfn": "jaxalign.methods.nabla_gfn",
 }
 
@@ -63,7 +65,8 @@ class Method:
     init: `(key, frozen, batch) -> state`. The state holds everything that changes: trainable
       parameters, their average, optimiser, statistics, replay (shaped like what `batch` gives).
     collect: `(state, frozen, batch, key) -> experience`. `batch` has `conditioning`, `prepared`
-      (arrays of the reward, one row a sample), `prompt_ids` and `sample_ids [B]`. The experience
+      (arrays of the reward, one row a sample), `prompt_ids` and `sample_ids [B]`. Where the
+      method's config has a `group`, so many rows side by side share their prompt. The experience
       has at least `final [B, h, w, c]`, the latents that the loop decodes and scores.
     update: `(state, frozen, experience, rewards [B], key) -> (state, metrics)`; metrics are scalars
       named `group/name`.
