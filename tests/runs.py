@@ -1,4 +1,4 @@
-"""Runs of the `:smoke` recipe that test files share: one folder, each program compiled once."""
+"""Runs of `:smoke` recipes that test files share: one folder, each program compiled once."""
 import collections
 import contextlib
 import dataclasses
@@ -30,9 +30,9 @@ def recipe(argument: str = "smoke", name: str = "nabla_gfn"):
   return module["get_config"](argument)
 
 
-def smoke(**overrides) -> configs_lib.Config:
-  """Config of the smoke recipe on one device; overrides as `train__steps=2`."""
-  config = recipe()
+def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> configs_lib.Config:
+  """Config of a smoke recipe on one device; overrides as `train__steps=2`."""
+  config = recipe(argument, method)
   config.data.prompts, config.data.eval_prompts = str(TRAIN), str(HELD_OUT)
   config.mesh.data, config.log.tensorboard = 1, False
   for key, value in overrides.items():
@@ -42,21 +42,22 @@ def smoke(**overrides) -> configs_lib.Config:
 
 
 def program_key(cfg, devices) -> str:
-  """Equal for runs with the same compiled programs: weights and seeds are arguments of these."""
-  parts = cfg.model, cfg.method, cfg.reward, cfg.sample, cfg.optim, cfg.mesh, cfg.eval.batch
+  """Equal for runs with the same evaluation programs: weights and seeds are arguments of these."""
+  parts = cfg.model, cfg.reward, cfg.sample, cfg.mesh, cfg.eval.batch
   return repr((*parts, cfg.eval.judge, devices))
 
 
 def sharing(cfg, devices):
   """Makes the loop take compiled programs of an earlier run, where one had the same."""
   key = program_key(cfg, devices)
+  step_key = key + repr((cfg.method, cfg.optim))
 
   class Programs(loop.Programs):
     def compile(self, state):
-      if key not in _STEPS:
+      if step_key not in _STEPS:
         super().compile(state)
-        _STEPS[key] = self._collect, self._update
-      self._collect, self._update = _STEPS[key]
+        _STEPS[step_key] = self._collect, self._update
+      self._collect, self._update = _STEPS[step_key]
       return "compiled"
 
   class Evaluator(loop.Evaluator):
