@@ -11,11 +11,15 @@ import runs
 from jaxalign import configs_lib
 from jaxalign.configs_lib import default, parse, recipe_path, split_argument
 from jaxalign.errors import UserError
+from jaxalign.methods import reward_gradient
 from jaxalign.methods.nabla_gfn import PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 RECIPES = ["nabla_gfn:emoji", "nabla_gfn:smoke"] + [f"nabla_gfn:smoke,{name}" for name in PRESETS]
+RECIPES += [f"{name}:{size}" for name in ("refl", "draft", "alignprop")
+            for size in ("emoji", "smoke", "sd15")]
+RECIPES += [f"draft:smoke,{name}" for name in reward_gradient.PRESETS]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
