@@ -253,8 +253,8 @@ def test_refl_by_hand():
   np.testing.assert_allclose(found["bias"], np.append(np.zeros(STEPS - 1), per_row.mean()),
                              rtol=1e-4)
   assert found["slope"][-1] == pytest.approx((per_row * x).mean(), rel=1e-4)
-  total, metrics = reward_gradient.loss(
-      models, cfg, policy, models.frozen, rows_of(experience), KEY)
+  total, metrics = jax.jit(lambda policy, rows: reward_gradient.loss(
+      models, cfg, policy, models.frozen, rows, KEY))(policy, rows_of(experience))
   assert float(total) == pytest.approx(cfg.weight * np.maximum(1.0 - reward, 0).mean(), rel=1e-4)
   assert float(metrics["train/reward_scored"]) == pytest.approx(reward.mean(), rel=1e-4)
 
@@ -478,6 +478,7 @@ def test_memory_grows_with_the_steps_by_the_latents_only():
   assert many - few <= 1.5 * 20 * latent
 
 
+@pytest.mark.slow
 def test_gradient_through_the_network_is_that_of_a_differentiated_rollout():
   """Same noise, three guided steps, f32: 1e-3 of the largest entry of each leaf."""
   models, policy, _ = fixture(3)

@@ -77,7 +77,7 @@ def test_gradient_of_any_set_of_steps_in_one_program():
 
   for seed in range(2):
     active = np.random.default_rng(seed).random(STEPS) < 0.5
-    expected = gradient(lambda policy: sampled_again(policy, active))
+    expected = jax.jit(lambda: gradient(lambda policy: sampled_again(policy, active)))()
     chex.assert_trees_all_close(found(jnp.asarray(active)), expected, rtol=1e-4, atol=1e-6)
   chex.assert_trees_all_equal(found(jnp.zeros(STEPS, bool)), jax.tree.map(jnp.zeros_like, POLICY))
 
@@ -88,8 +88,8 @@ def test_deterministic_sampler():
   variables = lambda policy: models.combine(policy, BASE)
   whole = rollout(EPS, variables(POLICY), models.sampler, NOTHING, jax.random.key(1),
                   jnp.arange(ROWS), (2,))
-  plain = gradient(lambda policy: differentiable_rollout(
-      EPS, variables(policy), models.sampler, NOTHING, whole.latents[0], whole.noise)[0])
-  found = gradient(lambda policy: replay(policy_eps, models.sampler, policy, BASE, whole.latents,
-                                         jnp.ones(STEPS, bool)))
+  plain = jax.jit(lambda: gradient(lambda policy: differentiable_rollout(
+      EPS, variables(policy), models.sampler, NOTHING, whole.latents[0], whole.noise)[0]))()
+  found = jax.jit(lambda: gradient(lambda policy: replay(
+      policy_eps, models.sampler, policy, BASE, whole.latents, jnp.ones(STEPS, bool))))()
   chex.assert_trees_all_close(found, plain, rtol=1e-4, atol=1e-6)
