@@ -30,9 +30,9 @@ def recipe(argument: str = "smoke", name: str = "nabla_gfn"):
   return module["get_config"](argument)
 
 
-def smoke(name: str = "nabla_gfn", **overrides) -> configs_lib.Config:
+def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> configs_lib.Config:
   """Config of a smoke recipe on one device; overrides as `train__steps=2`."""
-  config = recipe(name=name)
+  config = recipe(argument, method)
   config.data.prompts, config.data.eval_prompts = str(TRAIN), str(HELD_OUT)
   config.mesh.data, config.log.tensorboard = 1, False
   for path, value in overrides.items():
@@ -79,9 +79,9 @@ def sharing(cfg, devices):
 _STEPS, _EVALUATIONS = {}, {}
 
 
-def run(folder: str, devices=None, *, name: str = "nabla_gfn", **overrides) -> pathlib.Path:
-  """Runs, or continues, a smoke config with overrides in the folder `folder`, and returns that."""
-  cfg = smoke(name, **overrides)
+def run(folder: str, devices=None, **options) -> pathlib.Path:
+  """Runs, or continues, `smoke(**options)` in the folder `folder`, and returns that."""
+  cfg = smoke(**options)
   with sharing(cfg, devices):
     loop.run(cfg, FOLDER / folder, devices)
   return FOLDER / folder

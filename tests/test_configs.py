@@ -11,6 +11,7 @@ import runs
 from jaxalign import configs_lib
 from jaxalign.configs_lib import default, parse, recipe_path, split_argument
 from jaxalign.errors import UserError
+from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 
@@ -20,7 +21,10 @@ RECIPES = [
   "nabla_gfn:emoji", "nabla_gfn:smoke", *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
   "ddpo:emoji", "ddpo:smoke", "ddpo:sd15",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
-  *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS)]
+  *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
+  *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
+    for size in ("emoji", "smoke", "sd15")),
+  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

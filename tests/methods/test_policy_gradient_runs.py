@@ -13,12 +13,12 @@ from jaxalign.train.loop import draw_prompts
 
 # One optimiser step a batch: the policy that trains is the one that sampled. The reward, one of its
 # terms a black box, is that of a run in `train/test_loop.py`, whose evaluation programs it shares.
-B2 = dict(name="b2_diffurl", method__inner_epochs=1, eval__path_kl=False,
+B2 = dict(method="b2_diffurl", method__inner_epochs=1, eval__path_kl=False,
           reward__names=("jpeg_compressibility", "brightness"), reward__weights=(1.0, 0.5))
 
 
 def test_ddpo_smoke_run():
-  path = runs.run("ddpo", name="ddpo")
+  path = runs.run("ddpo", method="ddpo")
   lines = runs.metrics(path)
   assert [line["step"] for line in lines] == [1, 2, 3]
   for line in lines:
@@ -38,9 +38,9 @@ def test_ddpo_smoke_run():
 @pytest.mark.slow
 def test_ddpo_resumes_with_its_statistics():
   """Rewards of earlier updates are part of the checkpoint."""
-  whole = runs.run("ddpo", name="ddpo")
-  runs.run("ddpo 1+2", name="ddpo", train__steps=1, eval__every=0)
-  halves = runs.run("ddpo 1+2", name="ddpo", train__steps=3, eval__every=0)
+  whole = runs.run("ddpo", method="ddpo")
+  runs.run("ddpo 1+2", method="ddpo", train__steps=1, eval__every=0)
+  halves = runs.run("ddpo 1+2", method="ddpo", train__steps=3, eval__every=0)
   train = lambda path: [{k: v for k, v in line.items() if not k.startswith("eval/")}
                         for line in runs.without_seconds(path)]
   assert train(halves) == train(whole)
@@ -67,7 +67,7 @@ def test_b2_smoke_run_with_a_black_box():
 @pytest.mark.slow
 def test_b2_on_eight_devices():
   """Groups stay on their device; numbers agree with one device to rounding."""
-  options = dict(name="b2_diffurl", sample__batch=32, train__steps=2, eval__every=0,
+  options = dict(method="b2_diffurl", sample__batch=32, train__steps=2, eval__every=0,
                  eval__path_kl=False)
   one = runs.metrics(runs.run("b2 one", **options))
   many = runs.metrics(runs.run("b2 eight", jax.devices(), mesh__data=-1, **options))
