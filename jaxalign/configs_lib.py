@@ -200,14 +200,25 @@ class Config:
     if type(self.seed) is not int:
       raise UserError(f"config key seed={self.seed!r} is of type {type(self.seed).__name__}, not "
                       "int")
-    if self.sample.batch % self.parts:
-      raise UserError(f"sample.batch={self.sample.batch} does not divide into method.minibatches x "
-                      f"optim.accumulate = {self.parts} parts")
+    if self.sample.batch % self.group:
+      raise UserError(f"sample.batch={self.sample.batch} does not divide into groups of "
+                      f"method.group={self.group}")
+    if self.sample.batch // self.group % self.parts:
+      what = f"sample.batch={self.sample.batch}"
+      if self.group > 1:
+        what += f" in groups of method.group={self.group}"
+      raise UserError(f"{what} does not divide into method.minibatches x optim.accumulate = "
+                      f"{self.parts} parts")
 
   @property
   def parts(self) -> int:
     """Micro-batches that `sample.batch` is cut into."""
     return getattr(self.method, "minibatches", 1) * self.optim.accumulate
+
+  @property
+  def group(self) -> int:
+    """Trajectories of each prompt in a batch, side by side; they stay in one micro-batch."""
+    return getattr(self.method, "group", 1)
 
   def check_devices(self, shards: int) -> None:
     """Raises UserError unless every batch divides over `shards` shards of the batch axis."""
@@ -215,10 +226,11 @@ class Config:
       if size % shards:
         raise UserError(f"{key}={size} does not divide over {shards} devices "
                         "(mesh.data x mesh.fsdp)")
-    part = self.sample.batch // self.parts
+    part = self.sample.batch // self.group // self.parts
     if part % shards:
+      left = "trajectories" if self.group == 1 else f"groups of method.group={self.group}"
       raise UserError(f"sample.batch={self.sample.batch} in {self.parts} parts (method.minibatches "
-                      f"x optim.accumulate) leaves {part} trajectories for {shards} devices")
+                      f"x optim.accumulate) leaves {part} {left} for {shards} devices")
 
   def to_dict(self) -> dict:
     """Nested plain values, as written to config.json."""

@@ -43,7 +43,7 @@ def main(argv) -> None:
   if _REWARD.value:
     reward = configs_lib.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
   # As many of this machine's devices as divide the batches, however many the run had.
-  shards = math.gcd(len(jax.devices()), cfg.eval.batch, cfg.sample.batch // cfg.parts)
+  shards = math.gcd(len(jax.devices()), cfg.eval.batch, cfg.sample.batch // cfg.group // cfg.parts)
   # Whole weights as the policy: any two models of one architecture can stand beside each other.
   cfg = dataclasses.replace(
       cfg, seed=_SEED.value, reward=reward, mesh=configs_lib.MeshConfig(shards),

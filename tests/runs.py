@@ -1,4 +1,4 @@
-"""Runs of the `:smoke` recipe that test files share: one folder, each program compiled once."""
+"""Runs of `:smoke` recipes that test files share: one folder, each program compiled once."""
 import collections
 import contextlib
 import dataclasses
@@ -30,21 +30,26 @@ def recipe(argument: str = "smoke", name: str = "nabla_gfn"):
   return module["get_config"](argument)
 
 
-def smoke(**overrides) -> configs_lib.Config:
-  """Config of the smoke recipe on one device; overrides as `train__steps=2`."""
-  config = recipe()
+def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> configs_lib.Config:
+  """Config of a smoke recipe on one device; overrides as `train__steps=2`."""
+  config = recipe(argument, method)
   config.data.prompts, config.data.eval_prompts = str(TRAIN), str(HELD_OUT)
   config.mesh.data, config.log.tensorboard = 1, False
-  for key, value in overrides.items():
-    group, _, name = key.rpartition("__")
-    (config[group] if group else config)[name] = value
+  for path, value in overrides.items():
+    group, _, key = path.rpartition("__")
+    (config[group] if group else config)[key] = value
   return configs_lib.parse(config)
 
 
 def program_key(cfg, devices) -> str:
   """Equal for runs with the same compiled programs: weights and seeds are arguments of these."""
-  parts = cfg.model, cfg.method, cfg.reward, cfg.sample, cfg.optim, cfg.mesh, cfg.eval.batch
-  return repr((*parts, cfg.eval.judge, devices))
+  return repr((cfg.method, cfg.optim, evaluation_key(cfg, devices)))
+
+
+def evaluation_key(cfg, devices) -> str:
+  """The same for the programs of evaluations, which no method has a part in."""
+  return repr((cfg.model, cfg.reward, cfg.sample, cfg.mesh, cfg.eval.batch, cfg.eval.judge,
+               devices))
 
 
 def sharing(cfg, devices):
@@ -62,7 +67,8 @@ def sharing(cfg, devices):
   class Evaluator(loop.Evaluator):
     def __init__(self, exp):
       super().__init__(exp)
-      self._sample, self._path_kl = _EVALUATIONS.setdefault(key, (self._sample, self._path_kl))
+      self._sample, self._path_kl = _EVALUATIONS.setdefault(
+          evaluation_key(cfg, devices), (self._sample, self._path_kl))
 
   stack = contextlib.ExitStack()
   stack.enter_context(mock.patch.object(loop, "Programs", Programs))
@@ -73,12 +79,12 @@ def sharing(cfg, devices):
 _STEPS, _EVALUATIONS = {}, {}
 
 
-def run(name: str, devices=None, **overrides) -> pathlib.Path:
-  """Runs, or continues, the smoke config with overrides in the folder `name`, and returns that."""
-  cfg = smoke(**overrides)
+def run(folder: str, devices=None, **options) -> pathlib.Path:
+  """Runs, or continues, `smoke(**options)` in the folder `folder`, and returns that."""
+  cfg = smoke(**options)
   with sharing(cfg, devices):
-    loop.run(cfg, FOLDER / name, devices)
-  return FOLDER / name
+    loop.run(cfg, FOLDER / folder, devices)
+  return FOLDER / folder
 
 
 @functools.cache

@@ -11,11 +11,20 @@ import runs
 from jaxalign import configs_lib
 from jaxalign.configs_lib import default, parse, recipe_path, split_argument
 from jaxalign.errors import UserError
+from jaxalign.methods import reward_gradient
+from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
-RECIPES = ["nabla_gfn:emoji", "nabla_gfn:smoke"] + [f"nabla_gfn:smoke,{name}" for name in PRESETS]
+RECIPES = [
+  "nabla_gfn:emoji", "nabla_gfn:smoke", *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
+  "ddpo:emoji", "ddpo:smoke", "ddpo:sd15",
+  "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
+  *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
+  *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
+    for size in ("emoji", "smoke", "sd15")),
+  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -34,8 +43,9 @@ def test_golden_dump(recipe):
   assert parse(found) == parse(config)              # config.json reads back to the same
 
 
-def test_no_argument_is_the_embedded_model():
-  assert parse(runs.recipe("")) == parse(runs.recipe("emoji"))
+@pytest.mark.parametrize("name", ["nabla_gfn", "ddpo", "b2_diffurl"])
+def test_no_argument_is_the_embedded_model(name):
+  assert parse(runs.recipe("", name)) == parse(runs.recipe("emoji", name))
 
 
 def test_every_recipe_file_gives_a_locked_config():

@@ -11,9 +11,15 @@ from typing import Any
 from jaxalign.errors import UserError
 from jaxalign.sampling import Sampler, Schedule
 
-# name -> module that offers `Config` (a validated dataclass) and `make(models, cfg) -> Method`.
+# name -> what offers `Config` (a validated dataclass) and `make(models, cfg, optim) -> Method`: a
+# module, or `module:object` where one file holds several methods.
 METHODS = {
+    "alignprop": "jaxalign.methods.reward_gradient:alignprop",
+    "b2_diffurl": "jaxalign.methods.b2_diffurl",
+    "ddpo": "jaxalign.methods.policy_gradient",
+    "draft": "jaxalign.methods.reward_gradient:draft",
     "nabla_gfn": "jaxalign.methods.nabla_gfn",
+    "refl": "jaxalign.methods.reward_gradient:refl",
 }
 
 
@@ -63,7 +69,8 @@ class Method:
     init: `(key, frozen, batch) -> state`. The state holds everything that changes: trainable
       parameters, their average, optimiser, statistics, replay (shaped like what `batch` gives).
     collect: `(state, frozen, batch, key) -> experience`. `batch` has `conditioning`, `prepared`
-      (arrays of the reward, one row a sample), `prompt_ids` and `sample_ids [B]`. The experience
+      (arrays of the reward, one row a sample), `prompt_ids` and `sample_ids [B]`. Where the
+      method's config has a `group`, so many rows side by side share their prompt. The experience
       has at least `final [B, h, w, c]`, the latents that the loop decodes and scores.
     update: `(state, frozen, experience, rewards [B], key) -> (state, metrics)`; metrics are scalars
       named `group/name`.
@@ -81,7 +88,9 @@ class Method:
 
 
 def load(name: str):
-  """The module of method `name`; raises UserError naming `method.name` if there is none."""
+  """What offers method `name`; raises UserError naming `method.name` if there is none."""
   if name not in METHODS:
     raise UserError(f"method.name={name!r} is unknown; choose one of {', '.join(sorted(METHODS))}")
-  return importlib.import_module(METHODS[name])
+  module, _, inside = METHODS[name].partition(":")
+  module = importlib.import_module(module)
+  return getattr(module, inside) if inside else module

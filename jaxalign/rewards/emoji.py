@@ -201,6 +201,19 @@ def emoji_clip() -> Reward:
   return load_scorer(ASSETS / "emoji_clip")
 
 
+def emoji_accept() -> Reward:
+  """1 if `emoji_clip` exceeds 0.7, else 0: a sparse reward. No gradient.
+
+  Without guidance and in 8 steps 29 % of the base model's images of training prompts pass (128
+  images), and 14 of 16 groups of 8 have both answers.
+  """
+  clip = emoji_clip()
+  score = lambda params, images, prepared: (
+      clip.score(params, images, prepared) > 0.7).astype(jnp.float32)
+  return dataclasses.replace(clip, name="emoji_accept", score=score, range="0 or 1",
+                             differentiable=False)
+
+
 def emoji_judge() -> Judge:
   """The shipped judge, made never to be optimised."""
   return load_scorer(ASSETS / "emoji_judge")

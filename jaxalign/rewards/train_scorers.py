@@ -32,9 +32,9 @@ import optax
 from tqdm import tqdm
 
 from jaxalign import rng
+from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
-from jaxalign.convert import load_pipeline
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
 from jaxalign.rewards.emoji import ASSETS, SCORERS, save_scorer

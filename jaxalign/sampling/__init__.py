@@ -4,6 +4,7 @@ from jaxalign.sampling.rollout import (
     Trajectory,
     differentiable_rollout,
     initial_noise,
+    replay,
     rollout,
     step_noise,
     transition,
@@ -12,6 +13,6 @@ from jaxalign.sampling.schedule import Sampler, Schedule, expand, make_sampler
 
 __all__ = [
     "Conditioning", "Guided", "Sampler", "Schedule", "Trajectory", "differentiable_rollout",
-    "expand", "guided", "guided_eps", "initial_noise", "make_sampler", "rollout", "step_noise",
-    "transition",
+    "expand", "guided", "guided_eps", "initial_noise", "make_sampler", "replay", "rollout",
+    "step_noise", "transition",
 ]

@@ -1,4 +1,5 @@
 """Rollouts: one loop over sampler steps, returning the whole trajectory."""
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -122,3 +123,51 @@ def differentiable_rollout(eps_fn, params, sampler: Sampler, conditioning, x_ini
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
   ks = np.arange(start, sampler.steps if stop is None else stop)
   return jax.lax.scan(body, x_init, (jnp.asarray(ks), noise))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def replay(eps_fn, sampler: Sampler, params, conditioning, latents, active):
+  """The output of sampled trajectories, as a function of the parameters that sampled them.
+
+  The value is `latents[-1]`, and the gradient to `params` is that of running the last S transitions
+  again from `latents[0]` with the same noise. Nothing is sampled twice: every step's Jacobian is
+  taken at its stored latents, from the last step to the first, so that memory holds the latents and
+  the activations of one step.
+
+  Args:
+    eps_fn: `(params, x_t, t, conditioning) -> eps`, guidance included.
+    conditioning: anything that `eps_fn` takes as such; constant, as are the latents.
+    latents: `[S+1, B, ...]` from index `T - S` on, sampled with these very `params`.
+    active: `[S]` bool, may be traced. At other steps the noise estimate is a constant: gradients
+      pass along `a_k x_k` only, and the network is not run.
+  Reference: `a_k` is `Sampler.x_coef`; the recursion is the discrete adjoint of the sampler.
+  """
+  return latents[-1]
+
+
+def _replay_forward(eps_fn, sampler, params, conditioning, latents, active):
+  return latents[-1], (params, conditioning, latents, active)
+
+
+def _replay_backward(eps_fn, sampler, residuals, cotangent):
+  params, conditioning, latents, active = residuals
+  steps = active.shape[0]
+
+  def back(i, carry):
+    j = steps - 1 - i
+    k = sampler.steps - steps + j
+    mean = lambda params, x: sampler.mean(
+        k, x, eps_fn(params, x, sampler.at("timesteps", k), conditioning))
+
+    def through(carry):
+      gradient, cotangent = carry
+      to_params, to_x = jax.vjp(mean, params, latents[j])[1](cotangent)
+      return jax.tree.map(jnp.add, gradient, to_params), to_x
+    past = lambda carry: (carry[0], sampler.at("x_coef", k) * carry[1])
+    return jax.lax.cond(active[j], through, past, carry)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  gradient, _ = jax.lax.fori_loop(0, steps, back, (zeros, cotangent))
+  return gradient, None, None, None
+
+
+replay.defvjp(_replay_forward, _replay_backward)

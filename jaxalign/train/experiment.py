@@ -90,6 +90,8 @@ def build(cfg: Config, devices=None) -> Experiment:
 
 def open_pipeline(path: str, dtype: str = "float32", remat: str = "none") -> Pipeline:
   """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline."""
+  if not path:
+    raise UserError("model.path is empty: name a diffusers directory or a hub id")
   if path == "jaxalign:fixture":
     from jaxalign.testing.fixture import make_pipeline_dir
     with tempfile.TemporaryDirectory() as folder:

@@ -133,7 +133,7 @@ def _run(cfg, path, devices, stack) -> dict:
 
   with tqdm(total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
     while step < cfg.train.steps and not progress["stopped"]:
-      prompt_ids = draw_prompts(cfg.seed, step, len(train_prompts), cfg.sample.batch)
+      prompt_ids = draw_prompts(cfg.seed, step, len(train_prompts), cfg.sample.batch, cfg.group)
       experience, terms, rewards = programs.collect(state, step, prompt_ids, train_prompts)
       state, values = programs.update(state, experience, rewards, step)
       settle()
@@ -268,11 +268,14 @@ def spread(count: int, most: int) -> np.ndarray:
   return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
-def draw_prompts(seed: int, step: int, count: int, size: int) -> np.ndarray:
-  """`[size]` int32 prompt indices of a step: without repeats while there are enough prompts."""
-  generator = np.random.default_rng([seed, step])
-  parts = [generator.permutation(count) for _ in range(-(-size // count))]
-  return np.concatenate(parts)[:size].astype(np.int32)
+def draw_prompts(seed: int, step: int, count: int, size: int, group: int = 1) -> np.ndarray:
+  """`[size]` int32 prompt indices of a step, each `group` times side by side.
+
+  Prompts do not repeat while there are enough of them.
+  """
+  generator, wanted = np.random.default_rng([seed, step]), size // group
+  parts = [generator.permutation(count) for _ in range(-(-wanted // count))]
+  return np.repeat(np.concatenate(parts)[:wanted], group).astype(np.int32)
 
 
 def report(workdir, bar, step, seconds, values, terms, prompts, *, size, look) -> None:

@@ -12,7 +12,14 @@ from jaxalign.data.emoji import COLOURS, Drawings, caption, colour_rgb
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.rewards import train_scorers
-from jaxalign.rewards.emoji import ASSETS, EmojiJudge, emoji_clip, emoji_judge, load_scorer
+from jaxalign.rewards.emoji import (
+  ASSETS,
+  EmojiJudge,
+  emoji_accept,
+  emoji_clip,
+  emoji_judge,
+  load_scorer,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = ["a grinning face on a red background", "a cat on a blue background noto style",
@@ -48,6 +55,17 @@ def test_shapes_range_and_jit(scorer, images):
   assert np.all(np.abs(scores) <= 1 + 1e-6)
   np.testing.assert_allclose(jax.jit(scorer.score)(scorer.params, images, prepared), scores,
                              atol=1e-5)
+
+
+def test_accept_is_a_threshold_of_clip():
+  accept, clip = emoji_accept(), emoji_clip()
+  hearts = np.stack([red_heart(c) for c in COLOURS])
+  prepared = accept.prepare(["a red heart on a yellow background"] * len(COLOURS))
+  scores = np.asarray(clip.score(clip.params, hearts, prepared))
+  answers = accept.score(accept.params, hearts, prepared)
+  assert answers.dtype == jnp.float32 and not accept.differentiable
+  np.testing.assert_array_equal(answers, scores > 0.7)
+  assert scores.min() < 0.7                               # a wrong background fails
 
 
 def test_prepared_belongs_to_its_prompt(scorer, images):

@@ -1,0 +1,35 @@
+"""AlignProp: the reward's gradient through a random number of the sampler's steps.
+
+  python -m jaxalign.launch --config=configs/alignprop.py
+
+Arguments after a colon:
+  emoji    the embedded model, reward emoji_clip (default); about 6 minutes on two CPU cores are
+           aimed at, not measured
+  smoke    random-weight fixture, three updates, for tests
+  sd15     published settings for Stable Diffusion 1.x and an aesthetic score that aims at 10; not
+           measured here. Give --config.model.path, --config.reward.names and --config.data.prompts
+"""
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"))
+  config = configs_lib.default("alignprop", "alignprop:" + (arg or "emoji"))
+  if size == "emoji":
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+  else:
+    config.model.path = ""                  # --config.model.path=DIR
+    config.train.patience = 0               # the judge knows emoji only
+    config.model.lora_rank, config.model.remat = 4, "block"
+    config.method.truncation = "per_step"
+    config.method.objective, config.method.target, config.method.weight = "absolute", 10.0, 0.01
+    config.sample.batch, config.sample.steps, config.sample.guidance = 128, 50, 7.5
+    config.sample.eta, config.sample.final = 0.0, ""
+    config.optim.accumulate, config.optim.clip_norm = 8, 5.0
+    config.optim.lr, config.optim.b2, config.optim.weight_decay = 1e-3, 0.999, 0.1
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 14, 2, 2
+    config.eval.batch = 8
+  return config

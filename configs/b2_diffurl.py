@@ -1,0 +1,49 @@
+"""B2-DiffuRL on the embedded emoji model (or, by argument, on something else).
+
+  python -m jaxalign.launch --config=configs/b2_diffurl.py
+  python -m jaxalign.launch --config=configs/b2_diffurl.py:sd15 --config.model.path=DIR \\
+      --config.reward.names="('my_reward.py:clip_score',)"
+
+Arguments after a colon, separated by commas:
+  emoji    the embedded model, yes/no reward emoji_accept (default). Two CPU cores, about five
+           minutes by the count of operations; not measured, nor is the reward at the end.
+  smoke    random-weight fixture, three updates, for tests
+  sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
+  b2_paper, b2_code    method presets, see docs/methods/b2_diffurl.md
+"""
+from jaxalign import configs_lib
+from jaxalign.methods.b2_diffurl import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
+  config = configs_lib.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+  scale = 16384 / 256        # clip ranges are per latent element; the presets' are for 64x64x4
+  if size == "emoji":
+    config.reward.names = ("emoji_accept",)
+    config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
+    config.method.group, config.method.interval_stages = 8, 40
+    config.method.clip_range *= scale
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 40, 10, 20
+    config.optim.lr, config.optim.warmup = 1e-3, 4
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.method.group, config.method.interval_stages = 4, 2
+    config.method.clip_range *= scale
+  else:
+    # The published stage of 256 roots and 100 stages, as eight times as many updates of 32 roots:
+    # 128,000 samples, as there. Its reward is the CLIP score, which the user names.
+    config.model.path, config.model.lora_rank = "", 4        # --config.model.path=DIR
+    config.reward.names = ("jpeg_compressibility",)
+    config.data.prompts, config.data.eval_prompts = (
+        "jaxalign:animal_activities_train", "jaxalign:animal_activities_heldout")
+    config.sample.batch, config.sample.steps, config.sample.guidance = 160, 20, 5.0
+    config.method.interval_stages, config.method.history = 800, 64
+    config.optim.lr, config.optim.b2, config.optim.weight_decay = 1e-4, 0.999, 1e-4
+    config.optim.accumulate = 4
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 800, 40, 80
+    config.train.patience = 0                   # the judge knows emoji only
+    config.eval.batch = 16
+  return config

@@ -1,0 +1,44 @@
+"""DDPO on the embedded emoji model (or, by argument, on something else).
+
+  python -m jaxalign.launch --config=configs/ddpo.py
+  python -m jaxalign.launch --config=configs/ddpo.py:sd15 --config.model.path=DIR
+
+Arguments after a colon:
+  emoji    the embedded model, reward emoji_clip used as a black box (default). Two CPU cores, about
+           six minutes by the count of operations; not measured, nor is the reward at the end.
+  smoke    random-weight fixture, three updates, for tests
+  sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
+"""
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"))
+  config = configs_lib.default("ddpo", "ddpo:" + (arg or "emoji"))
+  if size == "emoji":
+    # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
+    config.sample.batch, config.sample.steps, config.sample.guidance = 64, 8, 1.0
+    config.method.group, config.method.min_count = 4, 4
+    config.method.minibatches = 2
+    config.method.clip_range = 6.4e-3           # 1.6 nats a step in 256 latent elements
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 40, 10, 20
+    config.optim.lr, config.optim.warmup = 1e-3, 4
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.method.minibatches, config.method.inner_epochs, config.method.min_count = 2, 2, 2
+    config.method.clip_range = 6.4e-3
+  else:
+    # The published setting for JPEG compressibility, in batches of half its size: 25,600 samples
+    # and 400 optimiser steps of 64, as there. History: about 16 rewards of each of 45 animals.
+    config.model.path, config.model.lora_rank = "", 4        # --config.model.path=DIR
+    config.reward.names = ("jpeg_compressibility",)
+    config.data.prompts, config.data.eval_prompts = (
+        "jaxalign:animals_train", "jaxalign:animals_heldout")
+    config.sample.batch, config.sample.steps, config.sample.guidance = 128, 50, 5.0
+    config.method.minibatches, config.method.history = 2, 6
+    config.optim.lr, config.optim.b2, config.optim.weight_decay = 3e-4, 0.999, 1e-4
+    config.optim.accumulate = 8
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 200, 20, 20
+    config.train.patience = 0                   # the judge knows emoji only
+    config.eval.batch = 16
+  return config

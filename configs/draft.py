@@ -1,0 +1,39 @@
+"""DRaFT: the reward's gradient through the last steps of the sampler.
+
+  python -m jaxalign.launch --config=configs/draft.py
+
+Arguments after a colon, separated by commas:
+  emoji    the embedded model, reward emoji_clip, gradients through the last 5 of 20 steps
+           (default); about 6 minutes on two CPU cores are aimed at, not measured
+  smoke    random-weight fixture, three updates, for tests
+  sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give
+           --config.model.path, --config.reward.names and --config.data.prompts
+  full, one, lv    DRaFT through all steps, DRaFT-1, DRaFT-LV
+"""
+from jaxalign import configs_lib
+from jaxalign.methods.reward_gradient import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
+  config = configs_lib.default("draft", "draft:" + (arg or "emoji"))
+  if size == "emoji":
+    config.method.backprop_steps = 5
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.method.backprop_steps = 2       # of its four steps
+  else:
+    config.model.path = ""                  # --config.model.path=DIR
+    config.train.patience = 0               # the judge knows emoji only
+    config.model.lora_rank, config.model.remat = 8, "block"
+    config.method.backprop_steps = 10
+    config.sample.batch, config.sample.steps, config.sample.guidance = 4, 50, 7.5
+    config.sample.eta, config.sample.final = 0.0, ""
+    config.optim.lr, config.optim.b2, config.optim.weight_decay = 4e-4, 0.999, 0.1
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 2000, 100, 100
+    config.eval.batch = 8
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+  return config

@@ -1,0 +1,37 @@
+"""ReFL: the reward's gradient through one denoising step, taken late in the sampler.
+
+  python -m jaxalign.launch --config=configs/refl.py
+
+Arguments after a colon:
+  emoji    the embedded model, reward emoji_clip (default); about 6 minutes on two CPU cores are
+           aimed at, not measured
+  smoke    random-weight fixture, three updates, for tests
+  sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
+           measured here. Give --config.model.path, --config.reward.names and
+           --config.data.prompts; the target of 2 is in units of ImageReward
+"""
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"))
+  config = configs_lib.default("refl", "refl:" + (arg or "emoji"))
+  if size == "emoji":
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.method.window = 2               # of its four steps
+  else:
+    config.model.path = ""                  # --config.model.path=DIR
+    config.train.patience = 0               # the judge knows emoji only
+    config.model.adapter, config.model.remat = "full", "block"
+    config.method.objective, config.method.target, config.method.weight = "hinge", 2.0, 1e-3
+    config.method.window = 10
+    config.sample.batch, config.sample.steps, config.sample.guidance = 64, 40, 1.0
+    config.sample.kind = "ddpm"
+    config.optim.accumulate, config.optim.ema = 4, 0.9999
+    config.optim.lr, config.optim.b2, config.optim.weight_decay = 1e-5, 0.999, 1e-2
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 100, 25, 25
+    config.eval.batch = 8
+  return config
