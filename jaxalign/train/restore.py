@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 
 from jaxalign import configs_lib, methods, rng
 from jaxalign.checkpoint import Checkpointer
@@ -43,7 +44,7 @@ def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
   cfg = dataclasses.replace(cfg, mesh=configs_lib.MeshConfig(1))
   exp = build(cfg, jax.devices()[:1])
   table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
-  zeros = jax.numpy.zeros(cfg.sample.batch, jax.numpy.int32)
+  zeros = np.zeros(cfg.sample.batch, np.int32)
   method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
   key = rng.stream(jax.random.key(cfg.seed), rng.INIT)
   like = {"method": jax.eval_shape(

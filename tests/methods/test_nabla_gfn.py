@@ -752,6 +752,7 @@ def test_frozen_weights_do_not_move():
   )
 
 
+@pytest.mark.slow
 def test_jit_equals_eager():
   models = world(MIXTURE)
   cfg = config(strata=3, flow=True, reverse="sampled", replay_lag=1, flow_lr=1e6)

@@ -17,6 +17,7 @@ B2 = dict(method="b2_diffurl", method__inner_epochs=1, eval__path_kl=False,
           reward__names=("jpeg_compressibility", "brightness"), reward__weights=(1.0, 0.5))
 
 
+@pytest.mark.slow
 def test_ddpo_smoke_run():
   path = runs.run("ddpo", method="ddpo")
   lines = runs.metrics(path)

@@ -461,6 +461,7 @@ def fixture(steps):
   return models, policy, rows
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_steps_by_the_latents_only():
   """Bytes that the compiled gradient of DRaFT-full needs beside its arguments, at 4 and 24 steps.
 
@@ -514,8 +515,9 @@ def test_gradient_through_the_network_is_that_of_a_differentiated_rollout():
 
 
 @pytest.mark.parametrize("name, argument", [
-    ("draft", "smoke"), ("refl", "smoke"), ("alignprop", "smoke"),
-    pytest.param("draft", "smoke,lv", marks=pytest.mark.slow),
+    ("draft", "smoke"),
+    *(pytest.param(*recipe, marks=pytest.mark.slow) for recipe in (
+        ("refl", "smoke"), ("alignprop", "smoke"), ("draft", "smoke,lv"))),
 ])
 def test_smoke_recipe(name, argument):
   path = runs.run(f"{name}-{argument}", method=name, argument=argument)

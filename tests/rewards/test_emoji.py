@@ -230,6 +230,7 @@ def test_resumed_training_is_the_same(tables, tmp_path, monkeypatch):
     train(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_assets_that_load(drawings, tmp_path, images):
   np.savez(tmp_path / "emoji.npz", **drawings._asdict())
   config = smoke_config()

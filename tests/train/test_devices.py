@@ -63,7 +63,8 @@ def trained(mesh):
   return out
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("8", marks=pytest.mark.slow), "2x2x2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8", "2x2x2"])
 def test_same_as_on_one_device(mesh):
   one, many = trained("1"), trained(mesh)
   assert one["noise"].tobytes() == many["noise"].tobytes()

@@ -37,7 +37,8 @@ def assert_same_run(left, right, **overrides):
   assert tuned[0] == tuned[1]
 
 
-@pytest.mark.parametrize("name, overrides", [("plain", {}), ("variant", VARIANT)])
+@pytest.mark.parametrize("name, overrides", [
+  ("plain", {}), pytest.param("variant", VARIANT, marks=pytest.mark.slow)])
 def test_two_and_two_steps_equal_four(name, overrides):
   whole = runs.run(f"{name} 4", train__steps=4, **overrides)
   # Stopped where an evaluation is due, which must not be lost.
@@ -133,6 +134,7 @@ def test_damaged_base_evaluation_names_the_file():
     runs.run("damaged evaluation", train__steps=5)
 
 
+@pytest.mark.slow
 def test_keep_best_survives_an_interruption():
   """The best policy so far is part of the checkpoint, not a file of its own."""
   overrides = dict(train__keep_best=True, eval__every=1, train__patience=0)
