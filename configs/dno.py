@@ -34,7 +34,7 @@ def get_config(arg="emoji"):
   elif size == "smoke":
     configs_lib.make_smoke(config)
     config.optim.lr = 2e-2
-    config.method.rival, config.method.permutations = True, 2
+    config.method.rival, config.method.permutations, config.method.remat = True, 2, "none"
   else:
     config.model.path = ""                      # --config.model.path=DIR
     config.model.dtype, config.model.remat = "bfloat16", "block"
