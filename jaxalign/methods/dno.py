@@ -259,7 +259,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     best_reward = jnp.where(better, reward, state["best_reward"])
 
     step, opt_state = optimizer.update(-gradient, state["optimizer"], z)
-    moves = jnp.isfinite(size) & ~resting
+    moves = jnp.isfinite(size) & jnp.isfinite(reward) & ~resting
     state = dict(
         state, z=jnp.where(per_row(moves), z + step, z), optimizer=opt_state, best=best,
         best_reward=best_reward, best_step=jnp.where(better, updates, state["best_step"]),

@@ -122,12 +122,12 @@ def prno(z, orders, block: int = 4) -> Prno:
   once more, as in the published code.
   """
   at = lambda order: jnp.stack(concentration(z[:, order], block))                   # [2, B]
-  natural = jnp.stack(concentration(z, block))
-  permuted = jax.lax.map(jax.checkpoint(at), orders)                                # [b, 2, B]
-  everything = jnp.concatenate([natural[None], permuted])
-  p = 2 * jnp.exp(jnp.minimum(everything, -LN2))
+  orders = jnp.concatenate([jnp.arange(z.shape[1])[None].astype(orders.dtype), orders])
+  everything = jax.lax.map(jax.checkpoint(at), orders)                              # [1+b, 2, B]
   hinge = (everything < -LN2).astype(jnp.float32).mean(0)
-  excess = jnp.minimum(natural, -LN2) + jnp.minimum(permuted, -LN2).mean(0) + 2 * LN2
+  bounded = jnp.minimum(everything, -LN2)
+  p = 2 * jnp.exp(bounded)
+  excess = bounded[0] + bounded[1:].mean(0) + 2 * LN2
   return Prno(excess.sum(0), p[1:].min(1).mean(0), p.min((0, 1)), *hinge)
 
 

@@ -174,7 +174,7 @@ def bounded():
 
 
 def test_what_is_not_finite_rests_and_is_never_kept():
-  _, state, logs = climb(bounded(), Config(**FREE), PLAIN, 4)
+  _, state, logs = climb(bounded(), Config(**FREE), PLAIN, 4, size=64)
   bad = ~np.isfinite(logs["train/reward"])
   assert bad[0].any() and not bad[0].all()
   for name in ("z", "best"):
