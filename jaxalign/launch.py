@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 from jaxalign import configs_lib
 from jaxalign.command import Flags, run_command
+from jaxalign.methods import AT_INFERENCE
 
 _FLAGS = Flags()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,10 +28,10 @@ def main(argv) -> None:
     from jaxalign.train.dry_run import describe
     print(describe(cfg))
     return
-  from jaxalign.train.loop import run
+  from jaxalign.train import inference, loop
   jax.config.update("jax_threefry_partitionable", True)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-"))
-  run(cfg, workdir)
+  (inference if cfg.method_name in AT_INFERENCE else loop).run(cfg, workdir)
 
 
 if __name__ == "__main__":

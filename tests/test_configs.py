@@ -13,6 +13,7 @@ from jaxalign.configs_lib import default, parse, recipe_path, split_argument
 from jaxalign.errors import UserError
 from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
+from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
@@ -24,7 +25,10 @@ RECIPES = [
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
     for size in ("emoji", "smoke", "sd15")),
-  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS)]
+  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS),
+  *(f"{name}:{size}" for name in ("dno", "best_of_n") for size in ("emoji", "smoke", "sd15",
+                                                                   "sdxl")),
+  *(f"dno:sd15,{name}" for name in DNO_PRESETS)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

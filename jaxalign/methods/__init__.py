@@ -16,11 +16,16 @@ from jaxalign.sampling import Sampler, Schedule
 METHODS = {
     "alignprop": "jaxalign.methods.reward_gradient:alignprop",
     "b2_diffurl": "jaxalign.methods.b2_diffurl",
+    "best_of_n": "jaxalign.methods.best_of_n",
     "ddpo": "jaxalign.methods.policy_gradient",
+    "dno": "jaxalign.methods.dno",
     "draft": "jaxalign.methods.reward_gradient:draft",
     "nabla_gfn": "jaxalign.methods.nabla_gfn",
     "refl": "jaxalign.methods.reward_gradient:refl",
 }
+# Those that train no weights. Their state is one row per image, their product that image's noise;
+# `train/inference.py` runs them.
+AT_INFERENCE = ("best_of_n", "dno")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Models:
     flow: an auxiliary latent-valued network, or None.
     frozen: `{"base", "decoder", "reward"}` trees of arrays.
     reward_std: within-prompt standard deviation of the reward on the base model, in reward units.
+    decode_unclamped: `decode` without the clamp to [0, 1], where there is one.
   """
   denoise: Callable
   schedule: Schedule
@@ -59,6 +65,7 @@ class Models:
   flow: FlowNet | None
   frozen: Mapping[str, Any]
   reward_std: float = 1.0
+  decode_unclamped: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +82,12 @@ class Method:
     update: `(state, frozen, experience, rewards [B], key) -> (state, metrics)`; metrics are scalars
       named `group/name`.
     product: `(state) -> policy tree` to evaluate and export.
+
+  At inference (`AT_INFERENCE`) every array of the state has the batch as its leading axis, scalars
+  aside, and no row depends on another. What is to be scored are the experience's `images`, n of
+  each row side by side (none if `update` scores), and `rewards` has as many entries; the metrics
+  are `{name: [B]}`; `product` gives the noise `[B, 1+T, h, w, c]` of the resulting images. The key
+  of `init` is that of the evaluation's noise.
     cost: `(batch size) -> ` counts per update: denoiser_forward, denoiser_backward, decodes,
       reward_queries, reward_gradients (evaluations of one sample and one guidance branch).
     tilt: `(state) -> beta`, in 1 / reward units, where the method's target is `p_ref exp(beta R)`.

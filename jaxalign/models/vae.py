@@ -179,7 +179,8 @@ def encode_images(vae: AutoencoderKL, params, images, noise=None):
   return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-def decode_images(vae: AutoencoderKL, params, latents):
-  """Images `[B, H, W, 3]` f32 in [0, 1] of scaled `latents [B, h, w, c]`; clamped."""
+def decode_images(vae: AutoencoderKL, params, latents, clamp: bool = True):
+  """Images `[B, H, W, 3]` f32 of scaled `latents [B, h, w, c]`, in [0, 1] if clamped."""
   z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-  return jnp.clip(vae.apply({"params": params}, z, method="decode") / 2 + 0.5, 0.0, 1.0)
+  images = vae.apply({"params": params}, z, method="decode") / 2 + 0.5
+  return jnp.clip(images, 0.0, 1.0) if clamp else images

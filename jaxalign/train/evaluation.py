@@ -58,8 +58,12 @@ class Evaluator:
 
   def _sample_batch(self, policy, frozen, judge_params, batch, key):
     exp, models = self._exp, self._exp.models
+    given = {}
+    if "noise" in batch:
+      given = {"x_init": batch["noise"][:, 0], "noise": jnp.moveaxis(batch["noise"][:, 1:], 1, 0)}
     trajectory = rollout(self._eps, models.combine(policy, frozen["base"]), models.sampler,
-                         batch["conditioning"], key, batch["sample_ids"], models.latent_shape)
+                         batch["conditioning"], key, batch["sample_ids"], models.latent_shape,
+                         **given)
     images = models.decode(frozen["decoder"], trajectory.final)
     out = {"images": (images * 255).round().astype(jnp.uint8),
            "scores": {"judge": exp.judge.score(judge_params, images, batch["judge"])},
@@ -85,9 +89,12 @@ class Evaluator:
     return metrics.gaussian_path_kl(gaps, sampler.std, sampler.lam)
 
   def __call__(self, policy, prompts: list[str], samples: int, *, stream: str = rng.EVAL,
-               path_kl: bool = False, label: str = "evaluating") -> Samples:
+               path_kl: bool = False, label: str = "evaluating", noise=None) -> Samples:
     """Samples of `policy`, the same noise for the same stream, prompts and number at every call.
 
+    Args:
+      policy: None for the base model.
+      noise: `[P * samples, 1+T, h, w, c]` f32, all that the sampler consumes, in place of a stream.
     Raises:
       UserError: a reward gave something that is not a finite number.
     """
@@ -104,7 +111,10 @@ class Evaluator:
     parts = []
     with tqdm(total=total, desc=label, unit="img", leave=False) as bar:
       for i in range(0, len(ids), size):
-        batch = exp.put_batch(gather(table, prompt_ids[i:i + size], ids[i:i + size]))
+        rows = gather(table, prompt_ids[i:i + size], ids[i:i + size])
+        if noise is not None:
+          rows["noise"] = noise[np.minimum(ids[i:i + size], total - 1)]
+        batch = exp.put_batch(rows)
         part, trajectory = self._sample(policy, exp.frozen, exp.judge_params, batch, key)
         if path_kl and np.all(exp.models.sampler.std > 0):
           part["path_kl"] = self._path_kl(exp.frozen, trajectory, batch["conditioning"])

@@ -128,6 +128,7 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) ->
       denoise=pipeline.denoise, schedule=schedule, sampler=sampler, guidance=cfg.sample.guidance,
       latent_shape=pipeline.latent_shape, combine=combine, init_policy=init_policy,
       decode=functools.partial(decode_images, pipeline.vae),
+      decode_unclamped=functools.partial(decode_images, pipeline.vae, clamp=False),
       score=reward.score if differentiable else None, flow=make_flow_net(pipeline),
       frozen={"base": pipeline.params["unet"], "decoder": pipeline.params["vae"],
               "reward": reward.params if isinstance(reward, Reward) else {}})

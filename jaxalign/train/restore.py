@@ -36,6 +36,9 @@ def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint)
+  if cfg.method_name in methods.AT_INFERENCE:
+    raise UserError(f"--checkpoint={checkpoint}: a run of {cfg.method_name} tunes no weights; its "
+                    f"images and their noise are in {checkpoint / 'product'}")
   if (checkpoint / "summary.json").exists():
     return load_pipeline(checkpoint / "export")
   if not (checkpoint / "checkpoints").is_dir():

@@ -1,0 +1,36 @@
+"""Best of N: of N = train.steps + 1 samples of each image the one that scores best.
+
+  python -m jaxalign.launch --config=configs/best_of_n.py
+  python -m jaxalign.launch --config=configs/best_of_n.py --config.train.steps=99
+
+The images are those of configs/dno.py, and N is set so that the denoiser is called as often: three
+samples for each update of that recipe, and three for its last score.
+
+Arguments after a colon:
+  emoji    the embedded model, reward emoji_clip (default); about 3 minutes on two CPU cores are
+           aimed at, not measured
+  smoke    random-weight fixture, four candidates, for tests
+  sd15, sdxl    beside configs/dno.py:sd15 and :sdxl; not measured here. Give --config.model.path
+           and --config.reward.names
+"""
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
+  config = configs_lib.default("best_of_n", "best_of_n:" + (arg or "emoji"))
+  config.train.patience = 0                     # the judge is reported, and stops nothing
+  config.eval.every = 0
+  if size == "emoji":
+    config.eval.prompts, config.eval.samples, config.eval.batch = 16, 2, 32
+    config.train.steps, config.train.checkpoint_every = 3 * (14 + 1) - 1, 22
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+  else:
+    config.model.path = ""                      # --config.model.path=DIR
+    config.model.dtype = "bfloat16"
+    config.data.eval_prompts = "jaxalign:animals_train"
+    config.sample.batch, config.sample.steps, config.sample.guidance = 1, 50, 5.0
+    config.train.steps, config.train.checkpoint_every = 3 * (100 + 1) - 1, 100
+    config.eval.prompts, config.eval.samples, config.eval.batch = 45, 2, 2
+  return config

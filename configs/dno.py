@@ -1,0 +1,49 @@
+"""Direct noise optimisation: the noise of each image climbs the reward; no weight is trained.
+
+  python -m jaxalign.launch --config=configs/dno.py
+  python -m jaxalign.launch --config=configs/dno.py --config.data.eval_prompts=mine.txt
+  python -m jaxalign.launch --config=configs/dno.py \\
+      --config.reward.names="('jpeg_compressibility',)" --config.method.gradient=hybrid2
+
+The images are those of the evaluation: `eval.samples` of each of the first `eval.prompts` of
+`data.eval_prompts`; `data.prompts` is not read.
+
+Arguments after a colon, separated by commas:
+  emoji    the embedded model, reward emoji_clip, and the best of N at the same cost beside it
+           (default); about 6 minutes on two CPU cores are aimed at, not measured
+  smoke    random-weight fixture, three updates, for tests
+  sd15     published settings for Stable Diffusion 1.x on 45 animals; not measured here. Give
+           --config.model.path and --config.reward.names
+  sdxl     the same for Stable Diffusion XL
+  release  what the published scripts compute, see docs/methods/dno.md
+"""
+from jaxalign import configs_lib
+from jaxalign.methods.dno import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  config = configs_lib.default("dno", "dno:" + (arg or "emoji"))
+  config.optim.b2 = 0.999
+  config.train.patience = 0                     # the judge is reported, and stops nothing
+  if size == "emoji":
+    config.eval.prompts, config.eval.samples, config.eval.batch = 16, 2, 32
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 14, 7, 7
+    config.optim.lr = 2e-2
+    config.method.rival, config.method.remat = True, "none"
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.optim.lr = 2e-2
+    config.method.rival, config.method.permutations, config.method.remat = True, 2, "none"
+  else:
+    config.model.path = ""                      # --config.model.path=DIR
+    config.model.dtype, config.model.remat = "bfloat16", "block"
+    config.data.eval_prompts = "jaxalign:animals_train"
+    config.sample.batch, config.sample.steps, config.sample.guidance = 1, 50, 5.0
+    config.optim.lr = 1e-2                      # 1e-3 for rewards of pixel statistics
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 100, 25, 25
+    config.eval.prompts, config.eval.samples, config.eval.batch = 45, 2, 2
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+    config.optim.weight_decay = 0.01
+  return config
