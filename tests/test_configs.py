@@ -14,6 +14,7 @@ from jaxalign.errors import UserError
 from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
+from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
@@ -24,7 +25,10 @@ RECIPES = [
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
     for size in ("emoji", "smoke", "sd15")),
-  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS)]
+  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS),
+  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft")
+    for size in ("emoji", "smoke", "sd15", "sdxl")),
+  *(f"mapo:emoji,{name}" for name in MAPO_PRESETS)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -134,6 +138,8 @@ def changed(path, value):
     ("mesh.fsdp", -1, r"mesh\.fsdp=-1 is below 1"),
     ("eval.samples", 1, r"eval\.samples=1 is below 2"),
     ("log.grid_prompts", 0, r"log\.grid_prompts=0 is below 1"),
+    ("data.pairs", "a.jsonl", r"data\.pairs=a\.jsonl: method\.name='nabla_gfn' trains on prompts"),
+    ("data.ties", "keep", r"data\.ties='keep' is not one of"),
     ("optim.accumulate", 3, r"sample\.batch=16 does not divide into method\.minibatches"),
 ])
 def test_bad_value_names_its_key(path, value, message):
