@@ -31,9 +31,11 @@ def test_smoke_recipe(name):
     total = lines[0]["loss/sft"] + lines[0]["loss/preference"]
     assert lines[0]["loss/total"] == pytest.approx(total, rel=1e-6)
     assert lines[0]["loss/sft"] == pytest.approx(lines[0]["train/error_w"], rel=1e-6)
-  elif name == "diffusion_dpo":                       # at first the policy is the reference
-    assert lines[0]["loss/total"] == pytest.approx(math.log(2), rel=1e-6)
-    assert lines[0]["train/margin"] == 0 and lines[0]["train/margin_accuracy"] == 0.5
+  elif name == "diffusion_dpo":
+    # At first the policy is the reference, but two programs: a last digit of an error near one,
+    # 1.2e-7, is 3e-4 in the margin at beta = 5000. A mean of four such errors stays below 1e-3.
+    assert lines[0]["loss/total"] == pytest.approx(math.log(2), abs=1e-3)
+    assert abs(lines[0]["train/margin"]) < 1e-3
     assert lines[2]["loss/total"] != lines[0]["loss/total"]
   summary = json.loads((path / "summary.json").read_text())
   assert summary["tuned"]["kl_to_base"]["mean"] > 0 and "exact_tilt" not in summary
