@@ -16,12 +16,14 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",                # command-line flags
         "flax>=0.10",                  # network modules (Linen)
+        "grain>=0.2.12",               # order and parallel decoding of preference pairs
         "jax>=0.6",                    # arrays, compilation, sharding
         "ml_collections>=1.0",         # recipes and their command-line overrides
         "numpy>=1.26",                 # host arrays
         "optax>=0.2.4",                # optimisers
         "orbax-checkpoint>=0.11",      # atomic, asynchronous, sharded checkpoints
         "pillow>=10.3",                # PNG pictures, JPEG rewards
+        "pyarrow>=16",                 # Parquet files of preference pairs
         "safetensors>=0.4.3",          # checkpoint files of the diffusers world
         "scipy>=1.12",                 # pairwise distances
         "tensorboardX>=2.6",           # event files without TensorFlow

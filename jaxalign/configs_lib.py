@@ -69,9 +69,15 @@ class DataConfig:
   Attributes:
     prompts: drawn uniformly in training.
     eval_prompts: held out; base and tuned model are compared on these.
+    pairs: what preference methods train on instead of `prompts`, see `jaxalign.data.pairs`: a
+      Parquet file or a folder of them, a JSONL file, a folder with winner/ and loser/,
+      `jaxalign:emoji`, or `jaxalign:fixture` for tests. Empty for other methods.
+    ties: "drop" pairs without a preference, or "soft": train on them with a target of one half.
   """
   prompts: str = "jaxalign:emoji_train"
   eval_prompts: str = "jaxalign:emoji_heldout"
+  pairs: str = ""
+  ties: Literal["drop", "soft"] = "drop"
 
   def __post_init__(self):
     check("data", self)
@@ -82,7 +88,7 @@ class SampleConfig:
   """The sampler, in training and in evaluation.
 
   Attributes:
-    batch: trajectories per update, over all devices.
+    batch: trajectories per update, over all devices; pairs, for preference methods.
     steps: denoising steps T. guidance: classifier-free guidance scale, 1 is off.
     kind: "ddim" or "ddpm". eta: ddim's noise in [0, 1]. variance: ddpm's, "small" or "large".
     spacing: "leading", "trailing", "linspace", or empty for the checkpoint's.
@@ -200,6 +206,9 @@ class Config:
     if type(self.seed) is not int:
       raise UserError(f"config key seed={self.seed!r} is of type {type(self.seed).__name__}, not "
                       "int")
+    if self.data.pairs and not self.reads_pairs:
+      raise UserError(f"data.pairs={self.data.pairs}: method.name={self.method_name!r} trains on "
+                      "prompts and would not read it")
     if self.sample.batch % self.group:
       raise UserError(f"sample.batch={self.sample.batch} does not divide into groups of "
                       f"method.group={self.group}")
@@ -219,6 +228,11 @@ class Config:
   def group(self) -> int:
     """Trajectories of each prompt in a batch, side by side; they stay in one micro-batch."""
     return getattr(self.method, "group", 1)
+
+  @property
+  def reads_pairs(self) -> bool:
+    """Whether the method trains on preference pairs: nothing is sampled and scored in training."""
+    return getattr(self.method, "reads_pairs", False)
 
   def check_devices(self, shards: int) -> None:
     """Raises UserError unless every batch divides over `shards` shards of the batch axis."""
@@ -277,6 +291,29 @@ def make_smoke(config: ml_collections.ConfigDict) -> None:
   config.eval.prompts, config.eval.samples, config.eval.batch = 4, 2, 8
   config.eval.watch_prompts, config.eval.watch_samples, config.eval.every = 2, 2, 2
   config.log.grid_prompts = 2
+
+
+def make_emoji_pairs(config: ml_collections.ConfigDict) -> None:
+  """A preference recipe on the embedded model: the shipped pairs, its style as what is measured."""
+  config.data.pairs = "jaxalign:emoji"
+  config.reward.names = ("emoji_twemoji",)
+  config.sample.batch = 32
+  config.train.steps, config.train.checkpoint_every, config.eval.every = 120, 40, 40
+  config.train.patience = 0                 # the judge's own taste is not what pairs teach
+  config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 10, 110
+
+
+def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
+  """Full fine-tuning on Pick-a-Pic v2 at the published size: 2048 pairs, 2000 updates."""
+  config.model.path = ""                    # --config.model.path=DIR
+  config.model.adapter, config.model.dtype, config.model.remat = "full", "bfloat16", "block"
+  config.data.pairs = ""                    # --config.data.pairs=DIR, its Parquet files
+  config.sample.batch, config.optim.accumulate = 2048, 32
+  config.sample.steps, config.sample.guidance = 50, 7.5
+  config.optim.b2, config.optim.weight_decay = 0.999, 1e-2
+  config.train.steps, config.train.checkpoint_every, config.eval.every = 2000, 500, 500
+  config.train.patience = 0                 # the judge knows emoji only
+  config.eval.batch = 16
 
 
 def parse(config: ml_collections.ConfigDict | dict) -> Config:

@@ -15,6 +15,7 @@ from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
+from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
@@ -28,7 +29,10 @@ RECIPES = [
   *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS),
   *(f"{name}:{size}" for name in ("dno", "best_of_n") for size in ("emoji", "smoke", "sd15",
                                                                    "sdxl")),
-  *(f"dno:sd15,{name}" for name in DNO_PRESETS)]
+  *(f"dno:sd15,{name}" for name in DNO_PRESETS),
+  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft")
+    for size in ("emoji", "smoke", "sd15", "sdxl")),
+  *(f"mapo:emoji,{name}" for name in MAPO_PRESETS)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -138,6 +142,8 @@ def changed(path, value):
     ("mesh.fsdp", -1, r"mesh\.fsdp=-1 is below 1"),
     ("eval.samples", 1, r"eval\.samples=1 is below 2"),
     ("log.grid_prompts", 0, r"log\.grid_prompts=0 is below 1"),
+    ("data.pairs", "a.jsonl", r"data\.pairs=a\.jsonl: method\.name='nabla_gfn' trains on prompts"),
+    ("data.ties", "keep", r"data\.ties='keep' is not one of"),
     ("optim.accumulate", 3, r"sample\.batch=16 does not divide into method\.minibatches"),
 ])
 def test_bad_value_names_its_key(path, value, message):

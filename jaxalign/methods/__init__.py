@@ -18,10 +18,13 @@ METHODS = {
     "b2_diffurl": "jaxalign.methods.b2_diffurl",
     "best_of_n": "jaxalign.methods.best_of_n",
     "ddpo": "jaxalign.methods.policy_gradient",
+    "diffusion_dpo": "jaxalign.methods.preference:diffusion_dpo",
     "dno": "jaxalign.methods.dno",
     "draft": "jaxalign.methods.reward_gradient:draft",
+    "mapo": "jaxalign.methods.preference:mapo",
     "nabla_gfn": "jaxalign.methods.nabla_gfn",
     "refl": "jaxalign.methods.reward_gradient:refl",
+    "sft": "jaxalign.methods.preference:sft",
 }
 # Those that train no weights. Their state is one row per image, their product that image's noise;
 # `train/inference.py` runs them.
@@ -78,9 +81,12 @@ class Method:
     collect: `(state, frozen, batch, key) -> experience`. `batch` has `conditioning`, `prepared`
       (arrays of the reward, one row a sample), `prompt_ids` and `sample_ids [B]`. Where the
       method's config has a `group`, so many rows side by side share their prompt. The experience
-      has at least `final [B, h, w, c]`, the latents that the loop decodes and scores.
+      has at least `final [B, h, w, c]`, the latents that the loop decodes and scores. Where the
+      config has `reads_pairs`, `batch` has `conditioning`, `sample_ids` and `pairs` instead:
+      `latents [B, 2, h, w, c]`, the preferred image first, and `label [B]`, 1 or 0.5 for a tie; the
+      experience has no `final`, and nothing is scored.
     update: `(state, frozen, experience, rewards [B], key) -> (state, metrics)`; metrics are scalars
-      named `group/name`.
+      named `group/name`. Without a `final`, rewards are None.
     product: `(state) -> policy tree` to evaluate and export.
 
   At inference (`AT_INFERENCE`) every array of the state has the batch as its leading axis, scalars

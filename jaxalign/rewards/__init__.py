@@ -101,6 +101,7 @@ REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
   "emoji_accept": _builtin("emoji", "emoji_accept"),
   "emoji_clip": _builtin("emoji", "emoji_clip"),
   "emoji_judge": _builtin("emoji", "emoji_judge"),
+  "emoji_twemoji": _builtin("emoji", "emoji_twemoji"),
 }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from jaxalign.data.emoji import STYLES
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock
@@ -212,6 +213,19 @@ def emoji_accept() -> Reward:
       clip.score(params, images, prepared) > 0.7).astype(jnp.float32)
   return dataclasses.replace(clip, name="emoji_accept", score=score, range="0 or 1",
                              differentiable=False)
+
+
+def emoji_twemoji() -> Reward:
+  """1 if the judge's style head takes the image for Twemoji's rather than Noto's, else 0.
+
+  Not to be optimised: it measures how far training on pairs has carried a style. The head is right
+  for 83 % of drawings on held-out backgrounds. No gradient.
+  """
+  judge = emoji_judge()
+  score = lambda params, images, prepared: (
+      judge.style(params, images).argmax(-1) == STYLES.index("twemoji")).astype(jnp.float32)
+  return Reward(name="emoji_twemoji", params=judge.params, prepare=lambda prompts: {}, score=score,
+                range="0 or 1", differentiable=False)
 
 
 def emoji_judge() -> Judge:

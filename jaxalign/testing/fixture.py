@@ -3,8 +3,11 @@
 For `:smoke` recipes and tests: one 32-channel block at 8x8x4 latents, in diffusers' layout and
 within what its PyTorch and Flax classes can load.
 """
+import io
 import json
 
+import numpy as np
+from PIL import Image
 from tokenizers import pre_tokenizers
 
 from jaxalign.convert import save_pipeline
@@ -92,3 +95,22 @@ def make_pipeline_dir(path, seed: int = 0, *, image_size: int = 16):
   configs = make_configs(tokenizer, image_size)
   save_pipeline(Pipeline.build(configs, tokenizer, seed=seed), path)
   return path
+
+
+def make_pairs() -> list[dict]:
+  """Twelve preference pairs of random 32-pixel images for `data.pairs`, the last one a tie.
+
+  The preferred image is the bright one, and is image 0 and image 1 in turn.
+  """
+  generator = np.random.default_rng(0)
+
+  def png(low, high):
+    buffer = io.BytesIO()
+    Image.fromarray(generator.integers(low, high, (32, 32, 3), np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+  captions = [f"a {name} on a {colour} background" for name in ("cat", "dog", "sun")
+              for colour in ("red", "blue", "green", "white")]
+  pairs = [(png(128, 256), png(0, 128)) for _ in captions]
+  return [{"caption": caption, "image_0": pair[i % 2], "image_1": pair[1 - i % 2],
+           "label_0": 0.5 if i == len(captions) - 1 else 1.0 - i % 2}
+          for i, (caption, pair) in enumerate(zip(captions, pairs))]

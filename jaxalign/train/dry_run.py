@@ -33,7 +33,7 @@ def describe(cfg: Config) -> str:
   decode = flops(models.decode, models.frozen["decoder"], x)
   cost = method.cost(cfg.sample.batch)
   total = (forward * (cost["denoiser_forward"] + 2 * cost["denoiser_backward"])
-           + decode * (cfg.sample.batch + 3 * cost["decodes"]))
+           + decode * (cfg.sample.batch * (not cfg.reads_pairs) + 3 * cost["decodes"]))
   lines += ["",
             f"one denoiser forward {forward / 1e9:.3f} GFLOP, one decode {decode / 1e9:.3f} GFLOP",
             "per update: " + ", ".join(f"{v:,} {k}" for k, v in cost.items()),

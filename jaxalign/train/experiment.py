@@ -40,17 +40,20 @@ class Experiment:
   put_batch: Callable          # host tree with leading batch axis -> device, sharded
   encode: Callable             # token ids [B, L] -> cond tree
 
+  def embed(self, prompts: list[str]):
+    """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`."""
+    cond = [jax.device_get(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
+            for i in range(0, len(prompts), 64)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *cond)
+
   def prompt_table(self, prompts: list[str]) -> dict:
     """Everything about P prompts that the device needs, as host arrays; `gather` takes rows of it.
 
     `{"cond", "uncond", "prepared", "judge"}`: embeddings `[P, ...]` (`uncond` has one row) and the
     prepared arrays of reward and judge.
     """
-    cond = [jax.device_get(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
-            for i in range(0, len(prompts), 64)]
     return {
-        "cond": jax.tree.map(lambda *parts: np.concatenate(parts), *cond),
-        "uncond": jax.device_get(self.encode(self.pipeline.tokenizer([""]))),
+        "cond": self.embed(prompts), "uncond": self.embed([""]),
         "prepared": self.reward.prepare(prompts) if isinstance(self.reward, Reward) else {},
         "judge": self.judge.prepare(prompts),
     }

@@ -20,10 +20,12 @@ from jaxalign import methods, metrics, rng, sharding, viz
 from jaxalign.checkpoint import Checkpointer
 from jaxalign.configs_lib import Config
 from jaxalign.convert import save_pipeline
+from jaxalign.data.pairs import open_pairs
 from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward, check_scores, weighted_sum
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
 from jaxalign.train.experiment import Experiment, build, gather, policy_weights, read_prompts
+from jaxalign.train.pairs import PairTable
 from jaxalign.train.workdir import Workdir
 
 
@@ -43,6 +45,7 @@ def _run(cfg, path, devices, stack) -> dict:
   train_prompts = read_prompts("data.prompts", cfg.data.prompts)
   eval_prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
+  pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
   method_module = methods.load(cfg.method_name)
   workdir = Workdir(path, cfg)
   finished = read_finished(workdir.path, cfg)
@@ -74,16 +77,22 @@ def _run(cfg, path, devices, stack) -> dict:
   base_again = workdir.cached("base_again", lambda: held_out(
       untouched, "base model, other noise", stream=rng.EVAL_FLOOR))
   reward_std = metrics.within_prompt_std(base_watch.scores["reward"])
-  if reward_std == 0:
+  if reward_std == 0 and not cfg.reads_pairs:
     raise UserError(f"reward.names={cfg.reward.names}: gives every sample of a prompt the same "
                     "score, so there is nothing to align")
   say(f"base model: reward {base.scores['reward'].mean():.4f} (within-prompt std "
       f"{reward_std:.4f}), judge {base.scores['judge'].mean():.4f}")
 
-  # ------------------------------------------------------------------ method and state
+  # ------------------------------------------------------------------ data, method and state
+  pairs = None
+  if cfg.reads_pairs:
+    pairs = PairTable(exp, pair_files, workdir.path / "pairs.npy")
+    say(f"{len(pair_files)} preference pairs of {len(set(pairs.prompts))} captions")
+  row_prompts = pairs.prompts if pairs else train_prompts
   models = dataclasses.replace(exp.models, reward_std=reward_std)
   method = method_module.make(models, cfg.method, cfg.optim)
-  programs = Programs(exp, method, exp.prompt_table(train_prompts), root)
+  programs = Programs(exp, method, pairs.shared if pairs else exp.prompt_table(train_prompts), root,
+                      pairs)
   state = programs.init()
   n_trainable = sum(a.size for a in jax.tree.leaves(method.product(state)))
   say(f"{n_trainable:,} trainable parameters")
@@ -133,13 +142,16 @@ def _run(cfg, path, devices, stack) -> dict:
 
   with tqdm(total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
     while step < cfg.train.steps and not progress["stopped"]:
-      prompt_ids = draw_prompts(cfg.seed, step, len(train_prompts), cfg.sample.batch, cfg.group)
-      experience, terms, rewards = programs.collect(state, step, prompt_ids, train_prompts)
+      if pairs:
+        ids = pairs.draw(step, cfg.sample.batch)
+      else:
+        ids = draw_prompts(cfg.seed, step, len(train_prompts), cfg.sample.batch, cfg.group)
+      experience, terms, rewards = programs.collect(state, step, ids, row_prompts)
       state, values = programs.update(state, experience, rewards, step)
       settle()
       step += 1
       seconds = round(before + time.monotonic() - clock, 3)
-      pending = (step, seconds, values, terms, [train_prompts[i] for i in prompt_ids])
+      pending = (step, seconds, values, terms, [row_prompts[i] for i in ids])
       progress["seconds"] = seconds
 
       if cfg.eval.every and step % cfg.eval.every == 0:
@@ -174,8 +186,9 @@ def _run(cfg, path, devices, stack) -> dict:
 
   # ------------------------------------------------------------------ summary
   updates = {name: step * count for name, count in method.cost(cfg.sample.batch).items()}
-  updates["decodes"] += step * cfg.sample.batch            # scoring the collected images
-  updates["reward_queries"] += step * cfg.sample.batch
+  if not cfg.reads_pairs:                                  # scoring the collected images
+    updates["decodes"] += step * cfg.sample.batch
+    updates["reward_queries"] += step * cfg.sample.batch
   summary = {
       "recipe": cfg.recipe, "steps": step, "exported_step": policy_step,
       "seconds": progress["seconds"],
@@ -195,30 +208,42 @@ def _run(cfg, path, devices, stack) -> dict:
 class Programs:
   """The compiled parts of a step: collect and score, then update. Nothing in the loop compiles."""
 
-  def __init__(self, exp: Experiment, method: methods.Method, table, root):
+  def __init__(self, exp: Experiment, method: methods.Method, table, root,
+               pairs: PairTable | None = None):
     self._exp, self._method, self._root = exp, method, root
+    # What a batch is made of: ids of prompts, whose rows of `table` are gathered on the devices, or
+    # pairs, gathered on the host.
+    self._rows, self._gather = (pairs.rows, pairs.gather) if pairs else (lambda ids: ids, gather)
     self._batch = sharding.batch_sharding(exp.mesh)
     self._replicated = sharding.replicated(exp.mesh)
     self._table = jax.device_put(table, self._replicated)
-    self._ids = exp.put_batch(np.arange(exp.config.sample.batch, dtype=np.int32))
+    ids = np.arange(exp.config.sample.batch, dtype=np.int32)
+    self._ids, self._example = exp.put_batch(ids), self._put(ids)
     self._collect = self._update = None
 
   def init(self):
     """The initial state, made on the devices where it stays."""
     key = rng.stream(self._root, rng.INIT)
-    make = lambda frozen, table: self._method.init(key, frozen, gather(table, self._ids, self._ids))
-    shapes = jax.eval_shape(make, self._exp.frozen, self._table)
+    make = lambda frozen, table, rows: self._method.init(
+        key, frozen, self._gather(table, rows, self._ids))
+    inputs = self._exp.frozen, self._table, self._example
+    shapes = jax.eval_shape(make, *inputs)
     shardings = jax.tree_util.tree_map_with_path(
         lambda p, s: self._batch if sharding.path_of(p).startswith("replay/") else s,
         sharding.param_shardings(shapes, self._exp.mesh))
-    return jax.jit(make, out_shardings=shardings)(self._exp.frozen, self._table)
+    return jax.jit(make, out_shardings=shardings)(*inputs)
+
+  def _put(self, ids):
+    return self._exp.put_batch(self._rows(ids))
 
   def compile(self, state) -> str:
     """Compiles both programs ahead of time for this state; returns a line about it."""
     begun, exp, method = time.monotonic(), self._exp, self._method
 
-    def collect(state, frozen, table, prompt_ids, sample_ids, key):
-      experience = method.collect(state, frozen, gather(table, prompt_ids, sample_ids), key)
+    def collect(state, frozen, table, rows, sample_ids, key):
+      experience = method.collect(state, frozen, self._gather(table, rows, sample_ids), key)
+      if "final" not in experience:
+        return experience, {}
       images = exp.models.decode(frozen["decoder"], experience["final"])
       if isinstance(exp.reward, HostReward):
         return experience, (images * 255).round().astype(np.uint8)
@@ -233,11 +258,12 @@ class Programs:
     on_batch = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._batch)
     with tqdm(total=2, desc="compiling", unit="program", leave=False) as bar:
       lowered = jax.jit(collect, out_shardings=self._batch).lower(
-          state, exp.frozen, self._table, self._ids, self._ids, key)
+          state, exp.frozen, self._table, self._example, self._ids, key)
       self._collect = lowered.compile()
       bar.update()
       experience = jax.tree.map(on_batch, lowered.out_info[0])
-      rewards = on_batch(jax.ShapeDtypeStruct(self._ids.shape, np.float32))
+      rewards = (on_batch(jax.ShapeDtypeStruct(self._ids.shape, np.float32))
+                 if "final" in experience else None)
       shardings = jax.tree.map(lambda a: a.sharding, state)
       self._update = jax.jit(
           update, donate_argnums=0, out_shardings=(shardings, self._replicated)).lower(
@@ -247,14 +273,20 @@ class Programs:
     temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
     return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
 
-  def collect(self, state, step: int, prompt_ids, prompts):
-    """Experience, `{term: [B]}` and rewards `[B]` of one batch of prompts."""
+  def collect(self, state, step: int, ids, prompts):
+    """Experience, `{term: [B]}` and rewards `[B]` of one batch; `{}` and None if none are scored.
+
+    Args:
+      ids: `[B]` int32, indices of prompts, or of pairs. prompts: the prompt of every index.
+    """
     key = rng.stream(self._root, rng.ROLLOUT, step)
     experience, scored = self._collect(
-        state, self._exp.frozen, self._table, self._exp.put_batch(prompt_ids), self._ids, key)
+        state, self._exp.frozen, self._table, self._put(ids), self._ids, key)
+    if "final" not in experience:
+      return experience, {}, None
     reward = self._exp.reward
     if isinstance(reward, HostReward):
-      scored = reward.terms(jax.device_get(scored), [prompts[i] for i in prompt_ids])
+      scored = reward.terms(jax.device_get(scored), [prompts[i] for i in ids])
     rewards = jax.device_put(weighted_sum(reward.weights, scored), self._batch)
     return experience, scored, rewards
 
@@ -294,7 +326,8 @@ def report(workdir, bar, step, seconds, values, terms, prompts, *, size, look) -
                     "sound")
   workdir.log(step, seconds, {**values, **look()})
   bar.n = step
-  shown = {"reward": f"{values.get('train/reward', float('nan')):.4f}"}
+  shown = {name.split("/")[1]: f"{values[name]:.4f}"
+           for name in ("train/reward", "train/margin_accuracy") if name in values}
   if "train/path_kl" in values:
     shown["KL"] = f"{values['train/path_kl']:.2f}"
   shown["img/s"] = f"{step * size / seconds:.1f}"

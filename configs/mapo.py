@@ -1,0 +1,38 @@
+"""MaPO on preference pairs: for the embedded emoji model, one vendor's style.
+
+  python -m jaxalign.launch --config=configs/mapo.py
+  python -m jaxalign.launch --config=configs/mapo.py:sd15 --config.model.path=DIR \
+      --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
+
+Arguments after a colon, joined by commas:
+  emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default); six
+           minutes on two CPU cores are aimed at, neither they nor the outcome are measured
+  smoke    random-weight fixture, three updates, for tests
+  sd15     Stable Diffusion 1.x at 512 px, all of the UNet trained, with the hyperparameters that
+           were published for SDXL; not measured
+  sdxl     published settings for SDXL on Pick-a-Pic v2; a record of them until checkpoints with two
+           text encoders can be read
+  release, paper_power, paper_scaled    the objective of the released code, and two readings of the
+           paper's equation 11, at beta = 8
+"""
+from jaxalign import configs_lib
+from jaxalign.methods.preference import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  config = configs_lib.default("mapo", "mapo:" + (arg or "emoji"))
+  if size == "emoji":
+    configs_lib.make_emoji_pairs(config)
+    config.method.logit_scale = 200.0       # margins of the base model then have std 1.8
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.data.pairs = "jaxalign:fixture"
+  else:
+    configs_lib.make_pick_a_pic(config)
+    config.optim.lr, config.optim.decay_steps = 1e-7, 2000
+    if not presets:
+      presets = ["paper_power"]
+  for name in presets:
+    config.method.update(PRESETS[name])
+  return config

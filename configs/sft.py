@@ -1,0 +1,32 @@
+"""Supervised fine-tuning on the preferred images of pairs: what preference losses must beat.
+
+  python -m jaxalign.launch --config=configs/sft.py
+  python -m jaxalign.launch --config=configs/sft.py:sd15 --config.model.path=DIR \
+      --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
+
+Arguments after a colon:
+  emoji    the embedded model on Twemoji's drawings of the shipped pairs (default); six minutes on
+           two CPU cores are aimed at, neither they nor the outcome are measured
+  smoke    random-weight fixture, three updates, for tests
+  sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
+           trained; not measured
+  sdxl     the same for SDXL; a record of the settings until checkpoints with two text encoders can
+           be read
+"""
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
+  config = configs_lib.default("sft", "sft:" + (arg or "emoji"))
+  if size == "emoji":
+    configs_lib.make_emoji_pairs(config)
+    config.sample.batch = 64                # as many images per update as the others have
+  elif size == "smoke":
+    configs_lib.make_smoke(config)
+    config.data.pairs = "jaxalign:fixture"
+  else:
+    configs_lib.make_pick_a_pic(config)
+    config.method.prompt_dropout = 0.2
+    config.optim.lr, config.optim.warmup = 1e-9, 500
+  return config

@@ -1,0 +1,123 @@
+"""The smoke recipes of MaPO, Diffusion-DPO and SFT through the loop, and what they leave behind."""
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from jaxalign import methods
+from jaxalign.configs_lib import parse
+from jaxalign.data.pairs import open_pairs
+from jaxalign.errors import UserError
+from jaxalign.train import loop
+from jaxalign.train.experiment import build
+from jaxalign.train.pairs import PairTable
+
+NAMES = ("mapo", "diffusion_dpo", "sft")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_recipe(name):
+  path = runs.run(name, method=name)
+  lines = runs.metrics(path)
+  assert [line["step"] for line in lines] == [1, 2, 3]
+  for line in lines:
+    assert all(np.isfinite(v) for v in line.values()) and line["train/grad_norm"] > 0
+    assert "train/reward" not in line                 # nothing is sampled, nothing is scored
+  assert "eval/reward" in lines[1]
+  if name == "mapo":
+    total = lines[0]["loss/sft"] + lines[0]["loss/preference"]
+    assert lines[0]["loss/total"] == pytest.approx(total, rel=1e-6)
+    assert lines[0]["loss/sft"] == pytest.approx(lines[0]["train/error_w"], rel=1e-6)
+  elif name == "diffusion_dpo":
+    # At first the policy is the reference, but two programs: a last digit of an error near one,
+    # 1.2e-7, is 3e-4 in the margin at beta = 5000. A mean of four such errors stays below 1e-3.
+    assert lines[0]["loss/total"] == pytest.approx(math.log(2), abs=1e-3)
+    assert abs(lines[0]["train/margin"]) < 1e-3
+    assert lines[2]["loss/total"] != lines[0]["loss/total"]
+  summary = json.loads((path / "summary.json").read_text())
+  assert summary["tuned"]["kl_to_base"]["mean"] > 0 and "exact_tilt" not in summary
+  # By hand: 3 updates of 8 pairs; SFT sees one image of each, DPO asks the reference as well.
+  forward, backward = {"mapo": (16, 16), "diffusion_dpo": (32, 16), "sft": (8, 8)}[name]
+  assert {k: v for k, v in summary["cost"].items() if k != "peak_bytes"} == {
+      "denoiser_forward": 3 * forward, "denoiser_backward": 3 * backward, "decodes": 0,
+      "reward_queries": 0, "reward_gradients": 0}
+
+
+def test_resume_is_bit_for_bit():
+  """Pairs are drawn by step, and read from the latents that the first run wrote."""
+  whole = runs.run("mapo", method="mapo")
+  runs.run("mapo 1+2", method="mapo", train__steps=1)
+  halves = runs.run("mapo 1+2", method="mapo", train__steps=3)
+  train = lambda path: [{k: v for k, v in line.items() if not k.startswith("eval/")}
+                        for line in runs.without_seconds(path)]
+  assert train(halves) == train(whole)
+  for file in ("pairs.npy", "export/unet/diffusion_pytorch_model.safetensors"):
+    assert (whole / file).read_bytes() == (halves / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sd15_asks_for_pairs_and_model(name):
+  config = runs.recipe("sd15", name)
+  with pytest.raises(UserError, match="data.pairs is empty"):
+    loop.run(parse(config), runs.FOLDER / "no pairs")
+  config.data.pairs = "jaxalign:fixture"
+  with pytest.raises(UserError, match="model.path is empty"):
+    loop.run(parse(config), runs.FOLDER / "no pairs")
+  assert not (runs.FOLDER / "no pairs").exists()
+
+
+@pytest.fixture(scope="module")
+def experiment():
+  return build(runs.smoke("mapo"), jax.devices()[:1])
+
+
+def test_pair_table(experiment, tmp_path):
+  """Preferred images first, encoded once; every pair once in each pass, in another order."""
+  pairs = open_pairs("jaxalign:fixture", "soft")
+  file = tmp_path / "pairs.npy"
+  table = PairTable(experiment, pairs, file)
+  written = file.stat().st_mtime_ns
+  again = PairTable(experiment, pairs, file)
+  assert file.stat().st_mtime_ns == written and len(list(tmp_path.iterdir())) == 1
+  passes = [[int(i) for step in range(3 * n, 3 * n + 3) for i in table.draw(step, 4)]
+            for n in range(2)]
+  assert sorted(passes[0]) == sorted(passes[1]) == list(range(12)) and passes[0] != passes[1]
+  np.testing.assert_array_equal(table.draw(5, 4), again.draw(5, 4))
+  rows = table.rows(np.arange(12))
+  np.testing.assert_array_equal(rows["pairs"]["label"], [1.0] * 11 + [0.5])
+  latents = rows["pairs"]["latents"]
+  assert latents.shape == (12, 2, *experiment.models.latent_shape) and np.isfinite(latents).all()
+  cond = experiment.embed([table.prompts[3]])["text"][0]
+  # Embedded in a batch of another size: a few last digits of numbers up to 3.
+  np.testing.assert_allclose(rows["cond"]["text"][3], cond, atol=1e-5)
+  assert np.abs(rows["cond"]["text"][4] - cond).max() > 0.1
+  with pytest.raises(UserError, match=r"pairs\.npy: has shape \(12, .* not \(11,"):
+    PairTable(experiment, pairs.without_ties(), file)
+
+
+def test_no_reference_is_allocated(experiment):
+  """With all weights trained, MaPO and SFT never read the base model: bytes that an update needs.
+  """
+  exp = build(runs.smoke("mapo", model__adapter="full"), jax.devices()[:1])
+  shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)
+  rows = {"cond": {"text": shape(2, 16, 32)},
+          "pairs": {"latents": shape(2, 2, *exp.models.latent_shape), "label": shape(2)}}
+  shared, ids = {"uncond": {"text": shape(1, 16, 32)}}, jax.ShapeDtypeStruct((2,), np.int32)
+  leaves = jax.tree.leaves(exp.frozen)
+  base = sum(a.nbytes for a in jax.tree.leaves(exp.frozen["base"]))
+  for name in NAMES:
+    kind = methods.load(name)
+    method = kind.make(exp.models, kind.Config(), exp.config.optim)
+
+    def update(frozen, state, shared, rows, ids, key):
+      experience = method.collect(state, frozen, PairTable.gather(shared, rows, ids), key)
+      return method.update(state, frozen, experience, None, key)
+    state = jax.eval_shape(lambda f: method.init(jax.random.key(0), f, None), exp.frozen)
+    assert sum(a.size for a in jax.tree.leaves(state)) < 3.01 * base / 4    # weights, two moments
+    jaxpr = jax.make_jaxpr(update)(exp.frozen, state, shared, rows, ids, jax.random.key(0)).jaxpr
+    used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+    read = sum(a.nbytes for a, v in zip(leaves, jaxpr.invars) if id(v) in used)
+    assert read == (base if name == "diffusion_dpo" else 0), name
