@@ -5,8 +5,8 @@ Command:
   python -m jaxalign.rewards.train_scorers --config=configs/pretrain_emoji_scorers.py \
       --data=DATA/emoji.npz --output=DIR
 
-Measured on 2 CPU cores shared with other work: 13 minutes for emoji_clip, 6 for emoji_judge.
-Retrieval among 20 captions on held-out name-colour pairs: 97.8 % and 99.2 %. Peak memory: not
+Measured on 2 CPU cores shared with other work: 41 minutes for emoji_clip, 6 for emoji_judge.
+Retrieval among 20 captions on held-out name-colour pairs: 97.5 % and 99.2 %. Peak memory: not
 measured. More figures are in the assets' README.md.
 """
 import ml_collections
