@@ -144,7 +144,8 @@ def test_ties_teach_nothing():
   assert direction.shape == (2, 3) and not np.any(direction)
 
 
-@pytest.mark.parametrize("gradient", ["zo", "hybrid1", "hybrid2"])
+@pytest.mark.parametrize("gradient", [
+  "hybrid2", *(pytest.param(g, marks=pytest.mark.slow) for g in ("zo", "hybrid1"))])
 def test_black_boxes_climb(gradient):
   """With estimated gradients, through the method's own update."""
   # Pixels in [0, 1], as hybrid1 clips its probes to it.
@@ -227,7 +228,8 @@ def test_ring():
   _, _, logs = climb(models, Config(**FREE), OptimConfig(lr=1e-2, b2=0.999, clip_norm=0.0), 41,
                      size=128)
   reward = logs["train/reward"].mean(1)
-  assert reward[0] == pytest.approx(-0.2, abs=4 * logs["train/reward"][0].std() / 128 ** 0.5)
+  error = float(logs["train/reward"][0].std()) / 128 ** 0.5
+  assert reward[0] == pytest.approx(-0.2, abs=4 * error)
   assert reward[20] > 1.0 and reward[40] > 1.23 and reward[40] > reward[20] > reward[10]
 
 
@@ -243,7 +245,7 @@ def test_best_of_n():
   np.testing.assert_array_equal(state["best_reward"], every.max(0))
   np.testing.assert_array_equal(state["best_step"], every.argmax(0))
   gain = (every.max(0) - every.mean()) / every.std()
-  assert gain.mean() == pytest.approx(1.5388, abs=4 * gain.std() / 512 ** 0.5 + 0.03)
+  assert gain.mean() == pytest.approx(1.5388, abs=float(4 * gain.std() / 512 ** 0.5 + 0.03))
   still = np.asarray(state["best_step"]) == 0                # the first candidate is the base's
   np.testing.assert_array_equal(state["best"][still], first["best"][still])
 

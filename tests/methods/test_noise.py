@@ -208,7 +208,8 @@ def test_spectrum_score():
   score = np.asarray(spectrum_score(jnp.asarray(z)))
   rings = 7                                        # round(|f|) of an 8 x 8 grid: 0 .. 6
   # The lowest ring has 4 coefficients only: E = n (ln(n/2) - digamma(n/2)) / 2, 0.54 and not 0.5.
-  assert score.mean() == pytest.approx(-0.5 * rings, abs=0.12 + 4 * score.std() / 2000 ** 0.5)
+  error = float(score.std()) / 2000 ** 0.5
+  assert score.mean() == pytest.approx(-0.5 * rings, abs=0.12 + 4 * error)
   blurred = (z + np.roll(z, 1, 2)) / 2 ** 0.5      # as long as before, but not white
   assert spectrum_score(jnp.asarray(blurred)).max() < score.min()
 

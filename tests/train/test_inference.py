@@ -99,6 +99,7 @@ def test_two_steps_and_one_equal_three():
   np.testing.assert_array_equal(state["00000"]["start"], noise)
 
 
+@pytest.mark.slow
 def test_best_of_n_run_with_a_black_box():
   path = run("best", "best_of_n", reward__names=("jpeg_compressibility",), train__steps=2,
              sample__batch=4, eval__batch=4)
