@@ -205,8 +205,7 @@ def emoji_clip() -> Reward:
 def emoji_accept() -> Reward:
   """1 if `emoji_clip` exceeds 0.7, else 0: a sparse reward. No gradient.
 
-  Without guidance and in 8 steps 29 % of the base model's images of training prompts pass (128
-  images), and 14 of 16 groups of 8 have both answers.
+  How often the base model passes depends on the prompts and is to be read off a run's first lines.
   """
   clip = emoji_clip()
   score = lambda params, images, prepared: (
