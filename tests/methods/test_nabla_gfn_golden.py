@@ -368,19 +368,22 @@ def test_two_modes_approach_the_best_policy_of_fixed_variance():
   assert 0 < best - exact < 0.04
 
 
-def test_three_modes_in_two_dimensions_are_tilted():
+@pytest.mark.parametrize(
+  "steps, updates, bias", [(25, 1500, 0.07), pytest.param(50, 3000, 0.03, marks=pytest.mark.slow)]
+)
+def test_three_modes_in_two_dimensions_are_tilted(steps, updates, bias):
   """Mode weights and means against importance-weighted reference samples and the closed form.
 
   Tolerances: 4 Monte Carlo standard errors of 20000 samples on each side, and bounds on the bias:
-  0.07 on weights for the two reasons above (0.056 to 0.062 was measured), 0.04 on means within
-  modes, and 0.05 more on means beside the closed form, which is that of the data: 25 steps shrink
-  the variance 0.1, and with it the shift, to 0.07.
+  on weights for the two reasons above, both of which shrink with more steps and updates (measured
+  0.062 and 0.023), 0.04 on means within modes, and 0.05 more on means beside the closed form,
+  which is that of the data: 25 steps shrink the variance 0.1, and with it the shift, to 0.07.
   """
   mixture = analytic.Mixture(
     np.asarray([0.5, 0.3, 0.2]), np.asarray([[-1.5, 0.0], [1.5, 0.0], [0.0, 1.5]]), np.full(3, 0.1)
   )
   w, beta, n = np.asarray([0.6, 0.8]), 0.7, 20000
-  reference, tuned = tuned_samples(mixture, w, beta, 25, 1500, count=n)
+  reference, tuned = tuned_samples(mixture, w, beta, steps, updates, count=n)
 
   def summary(x, weights):
     mode = np.square(x[:, None] - mixture.means).sum(-1).argmin(1)
@@ -399,8 +402,8 @@ def test_three_modes_in_two_dimensions_are_tilted():
   print(
     "weights", masses, expected_masses, closed.weights, "means", means, expected_means, closed.means
   )
-  np.testing.assert_allclose(masses, expected_masses, atol=0.07 + 4 * error)
-  np.testing.assert_allclose(masses, closed.weights, atol=0.07 + 4 * error)
+  np.testing.assert_allclose(masses, expected_masses, atol=bias + 4 * error)
+  np.testing.assert_allclose(masses, closed.weights, atol=bias + 4 * error)
   spread = np.sqrt(0.1 / (n * before.min())) * np.sqrt(2)
   np.testing.assert_allclose(means, expected_means, atol=0.04 + 4 * spread)
   np.testing.assert_allclose(means, closed.means, atol=0.09 + 4 * spread)
