@@ -203,9 +203,7 @@ class Config:
   log: LogConfig
 
   def __post_init__(self):
-    if type(self.seed) is not int:
-      raise UserError(f"config key seed={self.seed!r} is of type {type(self.seed).__name__}, not "
-                      "int")
+    check_seed(self.seed)
     if self.data.pairs and not self.reads_pairs:
       raise UserError(f"data.pairs={self.data.pairs}: method.name={self.method_name!r} trains on "
                       "prompts and would not read it")
@@ -331,9 +329,9 @@ def parse(config: ml_collections.ConfigDict | dict) -> Config:
       raise UserError(f"config key {key} is unknown")
   method = dict(tree["method"])
   name = method.pop("name", None)
-  groups = {key: _build(cls, key, tree[key]) for key, cls in GROUPS.items()}
+  groups = {key: build_group(cls, key, tree[key]) for key, cls in GROUPS.items()}
   return Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
-                method=_build(methods.load(name).Config, "method", method), **groups)
+                method=build_group(methods.load(name).Config, "method", method), **groups)
 
 
 def recipe_path(name: str) -> str:
@@ -352,7 +350,14 @@ def recipe_path(name: str) -> str:
   raise UserError(f"--config={name}: no recipe {recipe!r}; there are {', '.join(known)}")
 
 
-def _build(cls, group: str, values: dict):
+def check_seed(seed) -> None:
+  """Raises UserError unless the config key `seed` is an int."""
+  if type(seed) is not int:
+    raise UserError(f"config key seed={seed!r} is of type {type(seed).__name__}, not int")
+
+
+def build_group(cls, group: str, values: dict):
+  """`cls(**values)`, a config group from plain values; unknown and missing keys are UserErrors."""
   fields = typing.get_type_hints(cls)
   for key in values:
     if key not in fields:

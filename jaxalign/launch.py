@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 from jaxalign import configs_lib
 from jaxalign.command import Flags, run_command
+from jaxalign.errors import UserError
 from jaxalign.methods import AT_INFERENCE
 
 _FLAGS = Flags()
@@ -23,6 +24,8 @@ _DRY_RUN = _FLAGS.define("bool", "dry_run", False,
 
 def main(argv) -> None:
   del argv
+  if "task" in _CONFIG.value:
+    return _pretrain(_CONFIG.value)
   cfg = configs_lib.parse(_CONFIG.value)
   if _DRY_RUN.value:
     from jaxalign.train.dry_run import describe
@@ -32,6 +35,16 @@ def main(argv) -> None:
   jax.config.update("jax_threefry_partitionable", True)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-"))
   (inference if cfg.method_name in AT_INFERENCE else loop).run(cfg, workdir)
+
+
+def _pretrain(config) -> None:
+  from jaxalign.pretrain import loop
+  from jaxalign.pretrain.config import parse
+  if _DRY_RUN.value:
+    raise UserError("--dry_run: is for methods; a pretraining recipe has no policy to describe")
+  cfg = parse(config)
+  jax.config.update("jax_threefry_partitionable", True)
+  loop.run(cfg, pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-")))
 
 
 if __name__ == "__main__":

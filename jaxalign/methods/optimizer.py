@@ -48,11 +48,15 @@ def learning_rate(cfg: OptimConfig) -> optax.Schedule:
   return optax.join_schedules([rise, main], [cfg.warmup])
 
 
-def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """AdamW with optional clipping, linear warm-up and cosine decay."""
+def make_optimizer(cfg: OptimConfig, mask=None) -> optax.GradientTransformation:
+  """AdamW with optional clipping, linear warm-up and cosine decay.
+
+  Args:
+    mask: `(params) -> tree of bool`, the leaves whose weights decay; all by default.
+  """
   clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
   return optax.chain(clip, optax.adamw(
-      learning_rate(cfg), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay))
+      learning_rate(cfg), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=mask))
 
 
 def accumulated_gradients(grads_of, trainable, rows, key, parts: int):

@@ -98,9 +98,10 @@ REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
   "brightness": _builtin("rules", "brightness"),
   "jpeg_compressibility": _builtin("rules", "jpeg_compressibility"),
   "jpeg_incompressibility": _builtin("rules", "jpeg_incompressibility"),
-  "emoji_accept": _builtin("emoji", "emoji_accept"),
   "emoji_clip": _builtin("emoji", "emoji_clip"),
   "emoji_judge": _builtin("emoji", "emoji_judge"),
+  "emoji_rank": _builtin("emoji", "emoji_rank"),
+  "emoji_style": _builtin("emoji", "emoji_style"),
   "emoji_twemoji": _builtin("emoji", "emoji_twemoji"),
 }
 

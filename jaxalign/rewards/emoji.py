@@ -8,6 +8,8 @@ apart. Both are trained by `jaxalign.rewards.train_scorers`.
 import dataclasses
 import json
 import pathlib
+import re
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -202,16 +204,60 @@ def emoji_clip() -> Reward:
   return load_scorer(ASSETS / "emoji_clip")
 
 
-def emoji_accept() -> Reward:
-  """1 if `emoji_clip` exceeds 0.7, else 0: a sparse reward. No gradient.
+def emoji_rank() -> Reward:
+  """1 if `emoji_clip` ranks the prompt first among 20, else 0: a sparse reward. No gradient.
 
-  How often the base model passes depends on the prompts and is to be read off a run's first lines.
+  The 19 others name other emoji in the prompt's place; which ones depends on the prompt alone.
+  Prompts read "a NAME on a COLOUR background", with or without a style.
   """
   clip = emoji_clip()
-  score = lambda params, images, prepared: (
-      clip.score(params, images, prepared) > 0.7).astype(jnp.float32)
-  return dataclasses.replace(clip, name="emoji_accept", score=score, range="0 or 1",
+  names = (ASSETS / "prompts" / "emoji_names.txt").read_text().split("\n")[:-1]
+
+  def prepare(prompts):
+    texts = []
+    for prompt in prompts:
+      parts = re.fullmatch(r"a (.+)( on a \w+ background.*)", prompt)
+      if not parts:
+        raise UserError(f"prompt {prompt!r}: emoji_rank reads 'a NAME on a COLOUR background'")
+      others = [name for name in names if name != parts[1]]
+      chosen = np.random.default_rng(zlib.crc32(prompt.encode())).permutation(len(others))[:19]
+      texts += [prompt] + [f"a {others[i]}{parts[2]}" for i in chosen]
+    ids = clip.prepare(texts)["input_ids"]
+    return {"input_ids": ids.reshape(len(prompts), 20, -1)}
+
+  def score(params, images, prepared):
+    ids = jnp.moveaxis(jnp.asarray(prepared["input_ids"]), 1, 0)
+    scores = jax.lax.map(lambda i: clip.score(params, images, {"input_ids": i}), ids)
+    return (scores[0] > scores[1:].max(0)).astype(jnp.float32)
+
+  return dataclasses.replace(clip, name="emoji_rank", prepare=prepare, score=score, range="0 or 1",
                              differentiable=False)
+
+
+def emoji_style() -> Reward:
+  """By how much `emoji_clip` prefers the caption with the prompt's style to that with the other.
+
+  Prompts end in " noto style" or " twemoji style".
+  """
+  clip = emoji_clip()
+
+  def prepare(prompts):
+    other = []
+    for prompt in prompts:
+      named = [style for style in STYLES if prompt.endswith(f" {style} style")]
+      if not named:
+        raise UserError(f"prompt {prompt!r}: emoji_style reads prompts that end in a style")
+      second = STYLES[1 - STYLES.index(named[0])]
+      other.append(prompt.removesuffix(f"{named[0]} style") + f"{second} style")
+    return {"input_ids": clip.prepare(prompts)["input_ids"],
+            "other": clip.prepare(other)["input_ids"]}
+
+  def score(params, images, prepared):
+    of = lambda key: clip.score(params, images, {"input_ids": prepared[key]})
+    return of("input_ids") - of("other")
+
+  return dataclasses.replace(clip, name="emoji_style", prepare=prepare, score=score,
+                             range="-2 to 2, difference of two cosines")
 
 
 def emoji_twemoji() -> Reward:

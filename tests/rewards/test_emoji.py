@@ -1,27 +1,21 @@
-import importlib.util
-import json
-import pathlib
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data.emoji import COLOURS, Drawings, caption, colour_rgb
+from jaxalign.data.emoji import COLOURS, caption, colour_rgb
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.rewards import train_scorers
 from jaxalign.rewards.emoji import (
   ASSETS,
-  EmojiJudge,
-  emoji_accept,
   emoji_clip,
   emoji_judge,
+  emoji_rank,
+  emoji_style,
   load_scorer,
 )
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = ["a grinning face on a red background", "a cat on a blue background noto style",
            "a red heart on a yellow background"]
 
@@ -57,15 +51,37 @@ def test_shapes_range_and_jit(scorer, images):
                              atol=1e-5)
 
 
-def test_accept_is_a_threshold_of_clip():
-  accept, clip = emoji_accept(), emoji_clip()
-  hearts = np.stack([red_heart(c) for c in COLOURS])
-  prepared = accept.prepare(["a red heart on a yellow background"] * len(COLOURS))
-  scores = np.asarray(clip.score(clip.params, hearts, prepared))
-  answers = accept.score(accept.params, hearts, prepared)
-  assert answers.dtype == jnp.float32 and not accept.differentiable
-  np.testing.assert_array_equal(answers, scores > 0.7)
-  assert scores.min() < 0.7                               # a wrong background fails
+def test_rank_asks_whether_the_prompt_is_best_of_twenty():
+  rank, clip = emoji_rank(), emoji_clip()
+  prompts = ["a red heart on a yellow background", "a whale on a yellow background noto style"]
+  hearts = np.repeat(red_heart("yellow")[None], 2, 0)
+  prepared = rank.prepare(prompts)
+  assert prepared["input_ids"].shape[:2] == (2, 20)
+  assert len({row.tobytes() for row in prepared["input_ids"][1]}) == 20
+  np.testing.assert_array_equal(prepared["input_ids"][:, 0], clip.prepare(prompts)["input_ids"])
+  answers = jax.jit(rank.score)(rank.params, hearts, prepared)
+  assert answers.dtype == jnp.float32 and not rank.differentiable
+  scores = np.stack([clip.score(clip.params, hearts, {"input_ids": prepared["input_ids"][:, k]})
+                     for k in range(20)])
+  np.testing.assert_array_equal(answers, scores[0] > scores[1:].max(0))
+  best = scores.argmax(0)                  # asked for what it takes the image for, it says yes
+  swapped = prepared["input_ids"].copy()
+  swapped[[0, 1], 0], swapped[[0, 1], best] = swapped[[0, 1], best], swapped[[0, 1], 0]
+  np.testing.assert_array_equal(rank.score(rank.params, hearts, {"input_ids": swapped}), [1, 1])
+  with pytest.raises(UserError, match="emoji_rank reads"):
+    rank.prepare(["a red heart"])
+
+
+def test_style_is_a_difference_of_two_captions(images):
+  style, clip = emoji_style(), emoji_clip()
+  prompts = ["a cat on a red background noto style"] * 3
+  score = style.score(style.params, images, style.prepare(prompts))
+  own, other = (
+      clip.score(clip.params, images, clip.prepare([f"a cat on a red background {s} style"] * 3))
+      for s in ("noto", "twemoji"))
+  np.testing.assert_allclose(score, own - other, atol=1e-6)
+  with pytest.raises(UserError, match="end in a style"):
+    style.prepare(["a cat on a red background"])
 
 
 def test_prepared_belongs_to_its_prompt(scorer, images):
@@ -135,110 +151,3 @@ def test_assets_are_small():
 def test_unknown_asset_is_a_user_error(tmp_path):
   with pytest.raises(UserError, match="not a scorer"):
     load_scorer(tmp_path)
-
-
-# --- training -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def drawings():
-  """Six flat drawings of six shades, two vendors apart by their size."""
-  rgba = np.zeros((2, 6, 32, 32, 4), np.uint8)
-  for i in range(6):
-    rgba[0, i, 8:24, 8:24] = (40 * i, 255 - 40 * i, 120 * (i % 2), 255)
-    rgba[1, i, 12:20, 4:28] = rgba[0, i, 10, 10]
-  names = np.array(["cat", "dog", "whale", "tulip", "pizza", "heart"])
-  return Drawings(rgba, names, np.array(["Activities"] * 6))
-
-
-@pytest.fixture(scope="module")
-def tables(drawings):
-  return train_scorers.make_tables(drawings, Tokenizer.load(ASSETS / "emoji_clip"))
-
-
-def smoke_config():
-  spec = importlib.util.spec_from_file_location(
-      "recipe", ROOT / "configs" / "pretrain_emoji_scorers.py")
-  recipe = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(recipe)
-  return recipe.get_config("smoke")
-
-
-def test_batch_is_what_it_says(tables):
-  draw = jax.jit(lambda key: train_scorers.draw_batch(
-      tables, key, names=6, colours_per_step=4, style_fraction=0.5))
-  batch = draw(jax.random.key(0))
-  assert batch.images.shape == (12, 32, 32, 3)
-  assert float(batch.images.min()) >= 0 and float(batch.images.max()) <= 1
-  row = np.argsort(tables.same_name)[batch.name]
-  assert np.all(np.asarray(tables.trained)[row, batch.colour])
-  pairs = np.asarray(batch.colour).reshape(-1, 2)
-  assert np.all(pairs[:, 0] != pairs[:, 1])
-  assert np.all((batch.style == batch.vendor) | (batch.style == train_scorers.NO_STYLE))
-
-
-def test_true_captions_are_no_negatives():
-  zeros = np.zeros(4, np.int32)
-  batch = train_scorers.Batch(None, None, name=zeros, colour=zeros, vendor=np.array([0, 1, 0, 1]),
-                              style=zeros + train_scorers.NO_STYLE)
-  image = text = np.eye(4, dtype=np.float32)
-  loss, hit = train_scorers.contrastive_loss(image, text, 1.0, batch)
-  assert float(loss) == 0 and float(hit) == 1
-  loss, _ = train_scorers.contrastive_loss(np.ones((4, 1)), np.ones((4, 1)), 1.0,
-                                           batch._replace(name=np.arange(4)))
-  np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
-
-
-def test_a_step_learns(tables):
-  config = smoke_config()
-  model = config.emoji_judge.model.to_dict() | {"vocab_size": 1515, "eos_token_id": 1}
-  config.emoji_judge.steps = 60
-  data = {k: v for k, v in config.data.items() if k != "categories"}
-  init, step = train_scorers.make_step(EmojiJudge(model), tables, config.emoji_judge, data,
-                                       config.optim)
-  state, losses = init(jax.random.key(0)), []
-  for i in range(60):
-    state, metrics = step(state, jax.random.key(i), tables)
-    losses.append(float(metrics["train/loss"]))
-  assert step._cache_size() == 1  # one program, not one per call
-  assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.3
-
-
-def test_resumed_training_is_the_same(tables, tmp_path, monkeypatch):
-  config, name = smoke_config(), "emoji_judge"
-  config.train.save_every = 1
-  config[name].steps = 4
-  tokenizer = Tokenizer.load(ASSETS / "emoji_clip")
-  train = lambda folder: train_scorers.train(name, config, tables, tokenizer, folder)
-  whole = train(tmp_path / "whole")[1]
-
-  save, count = train_scorers._save, []
-
-  def killed(file, state):
-    save(file, state)
-    count.append(1)
-    if len(count) == 2:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(train_scorers, "_save", killed)
-    with pytest.raises(KeyboardInterrupt):
-      train(tmp_path / "parts")
-  chex.assert_trees_all_equal(whole, train(tmp_path / "parts")[1])
-  config[name].lr = 0.5
-  with pytest.raises(UserError, match="another config"):
-    train(tmp_path / "parts")
-
-
-@pytest.mark.slow
-def test_the_recipe_writes_assets_that_load(drawings, tmp_path, images):
-  np.savez(tmp_path / "emoji.npz", **drawings._asdict())
-  config = smoke_config()
-  config.eval.images = 32
-  train_scorers.main(config, tmp_path / "emoji.npz", ASSETS / "emoji_clip", tmp_path / "out")
-  for name in ("emoji_clip", "emoji_judge"):
-    scorer = load_scorer(tmp_path / "out" / name)
-    chex.assert_tree_all_finite(
-        scorer.score(scorer.params, images, scorer.prepare(PROMPTS)))
-    figures = json.loads((tmp_path / "out" / name / "config.json").read_text())["figures"]
-    assert 0 <= figures["retrieval_20_held_out"] <= 1 and -1 <= figures["margin_correlation"] <= 1

@@ -1,9 +1,4 @@
-"""Trains the embedded scorers.
-
-`python -m jaxalign.rewards.train_scorers --config=configs/pretrain_emoji_scorers.py
---data=DIR/emoji.npz --output=DIR` writes the assets `emoji_clip/` and `emoji_judge/` with their
-measured figures into the output folder; `training/` beside them holds logs and checkpoints. The
-same command again resumes.
+"""The embedded scorers: `emoji_clip`, a reward, and `emoji_judge`, its independent check.
 
 Loss: symmetric InfoNCE over the images and captions of a step. Each name of a step comes in both
 vendors' drawings on two different backgrounds, so every caption has a wrong colour of its own name
@@ -18,42 +13,111 @@ sampler; a scorer that is right in spite of such noise has gradients that change
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import sys
-import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from jaxalign import rng
-from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
+from jaxalign.fields import Count, Fraction, NonNegative, check
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
+from jaxalign.models.vae import decode_images, encode_images
+from jaxalign.pretrain import Look, Task, autoencoder
+from jaxalign.pretrain.denoiser import NO_STYLE, caption_tokens
 from jaxalign.rewards.emoji import ASSETS, SCORERS, save_scorer
 
-NO_STYLE = 2  # third column of the caption table; 0 and 1 name the vendor's style
-PALETTE = np.stack([emoji.colour_rgb(c) for c in emoji.COLOURS])
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Keys of the `task` group that both scorers share.
+
+  Attributes:
+    tokenizer: folder of the tokenizer; the embedded model's by default.
+    names: drawn per step, each in four images: two vendors, two colours.
+    colours_per_step: of 12: the fewer, the more wrong names share their background.
+    style_fraction: share in [0, 1) of captions that name the vendor's style.
+    max_logit_scale: caps 1 / temperature, so that scores spread over [-1, 1].
+    latent_noise: half of the images are decoded from latents with noise of a standard deviation up
+      to this, where those of the data have 1; 0 shows plain drawings only.
+    vae: folder of the autoencoder that does so.
+    images: number of images for each figure of the thorough look.
+  """
+  tokenizer: str = str(ASSETS / "emoji" / "tokenizer")
+  names: Count = 64
+  colours_per_step: Count = 4
+  style_fraction: Fraction = 0.25
+  max_logit_scale: NonNegative = 30.0
+  latent_noise: NonNegative = 0.0
+  vae: str = str(ASSETS / "emoji" / "vae")
+  images: Count = 1024
+
+  def __post_init__(self):
+    check("task", self)
+    if not 2 <= self.colours_per_step <= len(emoji.COLOURS):
+      raise UserError(f"task.colours_per_step={self.colours_per_step} is outside [2, 12]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig(Config):
+  """Keys of the `task` group for `emoji_clip`.
+
+  Attributes:
+    width, text_layers, layers, patch: of the two transformers; pixels per side of an image patch.
+  """
+  latent_noise: NonNegative = 1.0
+  width: Count = 128
+  text_layers: Count = 2
+  layers: Count = 3
+  patch: Count = 4
+
+  def model(self, tokenizer: Tokenizer, size: int) -> dict:
+    """The asset's own config of its network."""
+    tower = dict(hidden_size=self.width, intermediate_size=3 * self.width, num_attention_heads=4,
+                 projection_dim=self.width)
+    return {
+        "text_config": tower | dict(
+            num_hidden_layers=self.text_layers, vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_id, max_position_embeddings=tokenizer.length),
+        "vision_config": tower | dict(
+            num_hidden_layers=self.layers, image_size=size, patch_size=self.patch)}
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig(Config):
+  """Keys of the `task` group for `emoji_judge`.
+
+  Attributes:
+    dim: of the features. widths: channels per resolution. text_width: of the token embeddings.
+  """
+  dim: Count = 64
+  widths: tuple[int, ...] = (32, 64, 128)
+  text_width: Count = 128
+
+  def model(self, tokenizer: Tokenizer, size: int) -> dict:
+    """The asset's own config of its network."""
+    del size
+    return {"dim": self.dim, "widths": list(self.widths), "text_width": self.text_width,
+            "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
 
 
 class Tables(NamedTuple):
-  """All a step draws from, on the device. N names, 12 colours.
+  """All a step draws from. N names, 12 colours.
 
   rgba: `[2, N, S, S, 4]` uint8. tokens: `[N, 12, 3, L]` int32, the last index before L is the style
   or `NO_STYLE`. trained: `[N, 12]` bool, pairs that are not held out. same_name: `[N]` int32, equal
-  for equal names.
+  for equal names. vae: parameters of the autoencoder, where there is latent noise.
   """
-  rgba: jax.Array
-  tokens: jax.Array
-  trained: jax.Array
-  same_name: jax.Array
+  rgba: Any
+  tokens: Any
+  trained: Any
+  same_name: Any
+  vae: Any = None
 
 
 class Batch(NamedTuple):
@@ -66,18 +130,14 @@ class Batch(NamedTuple):
   style: jax.Array
 
 
-def make_tables(drawings: emoji.Drawings, tokenizer: Tokenizer) -> Tables:
+def make_tables(drawings: emoji.Drawings, tokenizer: Tokenizer, vae=None) -> Tables:
   """The tables of all drawings."""
-  captions = [emoji.caption(name, colour, style) for name in drawings.names
-              for colour in emoji.COLOURS for style in (*emoji.STYLES, None)]
-  tokens = tokenizer(captions)
-  longest = int((tokens == tokenizer.eos_id).argmax(1).max()) + 1  # the rest is padding in all rows
-  tokens = tokens[:, :longest].reshape(
-      len(drawings.names), len(emoji.COLOURS), NO_STYLE + 1, longest)
-  trained = [[not emoji.held_out(name, colour) for colour in emoji.COLOURS]
+  tokens = caption_tokens(drawings, tokenizer)
+  longest = int((tokens == tokenizer.eos_id).argmax(-1).max()) + 1  # the rest is padding everywhere
+  trained = [[not emoji.held_out(str(name), colour) for colour in emoji.COLOURS]
              for name in drawings.names]
   same_name = np.unique(drawings.names, return_inverse=True)[1].astype(np.int32)
-  return Tables(*map(jnp.asarray, (drawings.rgba, tokens, np.array(trained), same_name)))
+  return Tables(drawings.rgba, tokens[..., :longest], np.array(trained), same_name, vae)
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -141,24 +201,12 @@ def draw_batch(tables: Tables, key, *, names: int, colours_per_step: int,
   name, colour = jnp.repeat(name, 2), colour.reshape(-1)
   vendor = jnp.tile(jnp.arange(2), names)
   style = jnp.where(jax.random.uniform(k_style, vendor.shape) < style_fraction, vendor, NO_STYLE)
-  images = augment(tables.rgba[vendor, name], jnp.asarray(PALETTE)[colour], k_image)
+  images = augment(tables.rgba[vendor, name], jnp.asarray(autoencoder.PALETTE)[colour], k_image)
   return Batch(images, tables.tokens[name, colour, style], tables.same_name[name], colour, vendor,
                style)
 
 
 # --- training -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Autoencoder:
-  """The embedded model's, for noise in its latents."""
-  vae: AutoencoderKL
-  params: Any
-
-  @classmethod
-  def load(cls) -> "Autoencoder":
-    pipeline = load_pipeline(ASSETS / "emoji")
-    return cls(pipeline.vae, pipeline.params["vae"])
 
 
 def through_latents(vae, params, images, most: float, key):
@@ -192,23 +240,38 @@ def contrastive_loss(image, text, scale, batch: Batch):
   return 0.5 * (nll(logits) + nll(logits.T)), hit
 
 
-def make_step(module, tables: Tables, cfg, data_cfg, optim_cfg, autoencoder=None):
-  """`(init, step)`: `init(key) -> state` and `step(state, key, tables) -> state, metrics` jitted.
+class Kind(NamedTuple):
+  """What the registry needs of a scorer."""
+  Config: type
+  make: Callable
 
-  `autoencoder` is needed where `cfg.latent_noise` is above 0.
 
-  The state holds `params` (`net` and `log_scale`), their average `ema`, `opt` and `step`.
-  """
-  optimiser = optax.chain(
-      optax.clip_by_global_norm(optim_cfg.clip),
-      optax.adamw(
-          optax.warmup_cosine_decay_schedule(
-              0.0, cfg.lr, max(1, int(optim_cfg.warmup * cfg.steps)), cfg.steps),
-          b2=0.98, weight_decay=optim_cfg.weight_decay,
-          mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)))
-  draw = functools.partial(draw_batch, names=cfg.names, **data_cfg)
+def make(name: str, cfg: Config, drawings: emoji.Drawings) -> Task:
+  """The scorer `name` for these drawings as a Task; parameters are `net` and `log_scale`."""
+  tokenizer = Tokenizer.load(cfg.tokenizer)
+  size = drawings.rgba.shape[2]
+  model = cfg.model(tokenizer, size)
+  module = SCORERS[name](model)
+  vae = vae_params = None
+  if cfg.latent_noise:
+    vae, vae_params, _ = autoencoder.read(cfg.vae)
+  tables = make_tables(drawings, tokenizer, vae_params)
 
-  def loss_fn(params, batch):
+  def init(key):
+    net = module.init(key, jnp.zeros((1, size, size, 3)), tables.tokens[0, 0, :1])["params"]
+    return {"net": net, "log_scale": jnp.float32(np.log(10.0))}
+
+  def draw(tables, key):
+    batch = draw_batch(tables, key, names=cfg.names, colours_per_step=cfg.colours_per_step,
+                       style_fraction=cfg.style_fraction)
+    if cfg.latent_noise:
+      half = len(batch.images) // 2      # of the names, which come in random order
+      noisy = through_latents(vae, tables.vae, jax.lax.optimization_barrier(batch.images[:half]),
+                              cfg.latent_noise, jax.random.fold_in(key, 1))
+      batch = batch._replace(images=batch.images.at[:half].set(noisy))
+    return batch
+
+  def loss(params, batch):
     image, text, *style = module.apply({"params": params["net"]}, batch.images, batch.tokens)
     scale = jnp.minimum(jnp.exp(params["log_scale"]), cfg.max_logit_scale)
     loss, hit = contrastive_loss(image, text, scale, batch)
@@ -219,94 +282,26 @@ def make_step(module, tables: Tables, cfg, data_cfg, optim_cfg, autoencoder=None
       loss = loss + style_loss
     return loss, metrics | {"train/loss": loss}
 
-  def init(key):
-    size = tables.rgba.shape[2]
-    net = module.init(key, jnp.zeros((1, size, size, 3)), tables.tokens[0, 0, :1])["params"]
-    params = {"net": net, "log_scale": jnp.float32(np.log(10.0))}
-    return {"params": params, "ema": net, "opt": optimiser.init(params), "step": jnp.int32(0)}
+  def look(params, thorough):
+    if not thorough:
+      return Look({})
+    # As the asset will be: rounded to the precision that it is stored in.
+    rounded = jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params["net"])
+    figures = evaluate({name: (module, rounded)}, tables, cfg.images)[name]
+    return Look({f"eval/{key}": value for key, value in figures.items()})
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, key, tables):
-    # The barrier keeps XLA from redoing the augmentation inside the network's own loops.
-    batch = draw(tables, key)
-    if cfg.latent_noise:
-      half = len(batch.images) // 2      # of the names, which come in random order
-      noisy = through_latents(autoencoder.vae, autoencoder.params, batch.images[:half],
-                              cfg.latent_noise, jax.random.fold_in(key, 1))
-      batch = batch._replace(images=batch.images.at[:half].set(noisy))
-    batch = jax.lax.optimization_barrier(batch)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"], batch)
-    updates, opt = optimiser.update(grads, state["opt"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    decay = jnp.minimum(0.995, (1.0 + state["step"]) / (10.0 + state["step"]))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], params["net"])
-    return {"params": params, "ema": ema, "opt": opt, "step": state["step"] + 1}, metrics
+  def save(params, folder: pathlib.Path, record) -> None:
+    figures = {key.removeprefix("eval/"): value for key, value in record["figures"].items()}
+    asset = {"name": name, "model": model, "training": {
+        "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
+        "steps": record["steps"], "seconds": record["seconds"]}, "figures": figures}
+    save_scorer(folder, asset, params["net"], tokenizer)
 
-  return jax.jit(init), step  # jitted, so that no two leaves share a donated buffer
+  return Task(init, tables, draw, loss, look, save)
 
 
-def _save(file: pathlib.Path, state) -> None:
-  """Atomic: a killed run finds either the old checkpoint or the new one."""
-  partial = file.with_suffix(".partial")
-  partial.write_bytes(flax.serialization.to_bytes(state))
-  os.replace(partial, file)
-
-
-def train(name: str, config, tables: Tables, tokenizer: Tokenizer, folder: pathlib.Path):
-  """Trains one scorer, or goes on with the one whose log and checkpoint are in `folder`.
-
-  Returns:
-    The asset's `config.json`, and the averaged parameters rounded to f16.
-  """
-  cfg = config[name]
-  run = {"scorer": name, "cfg": cfg.to_dict(), "data": config.data.to_dict(),
-         "optim": config.optim.to_dict()}
-  folder.mkdir(parents=True, exist_ok=True)
-  identity, checkpoint, log = (folder / f for f in ("run.json", "state.msgpack", "metrics.jsonl"))
-  run = json.loads(json.dumps(run))
-  if identity.exists() and json.loads(identity.read_text()) != run:
-    raise UserError(f"--output: {folder} belongs to another config; name another folder")
-  identity.write_text(json.dumps(run, indent=2) + "\n")
-
-  model = cfg.model.to_dict()
-  text = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id}
-  if name == "emoji_clip":
-    model["text_config"] |= text | {"max_position_embeddings": tokenizer.length}
-  else:
-    model |= text
-  module = SCORERS[name](model)
-  data_cfg = {k: v for k, v in config.data.items() if k != "categories"}
-  autoencoder = Autoencoder.load() if cfg.latent_noise else None
-  init, step = make_step(module, tables, cfg, data_cfg, config.optim, autoencoder)
-  root = jax.random.key(cfg.seed)
-  state = init(rng.stream(root, rng.INIT))
-  if checkpoint.exists():
-    state = jax.device_put(flax.serialization.from_bytes(state, checkpoint.read_bytes()))
-  start = int(state["step"])
-  lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-  lines = [line for line in lines if line["step"] <= start]
-  before = lines[-1]["seconds"] if lines else 0.0
-  log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-  began = time.monotonic()
-  bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc=name, mininterval=1)
-  with log.open("a", buffering=1) as out:
-    for i in bar:
-      state, metrics = step(state, rng.stream(root, rng.PROMPTS, i), tables)
-      done = i + 1
-      if done % config.train.log_every == 0 or done == cfg.steps:
-        line = {"step": done, "seconds": round(before + time.monotonic() - began, 1),
-                **{k: round(float(v), 5) for k, v in metrics.items()}}
-        if not np.isfinite(line["train/loss"]):
-          raise FloatingPointError(f"{name}: loss is {line['train/loss']} at step {done}")
-        out.write(json.dumps(line) + "\n")
-        bar.set_postfix(loss=line["train/loss"], accuracy=line["train/accuracy"])
-      if done % config.train.save_every == 0 or done == cfg.steps:
-        _save(checkpoint, state)
-  asset = {"name": name, "model": model,
-           "training": run | {"seconds": round(before + time.monotonic() - began)}}
-  rounded = lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32)
-  return asset, jax.tree.map(rounded, state["ema"])
+emoji_clip, emoji_judge = (Kind(config, functools.partial(make, name)) for name, config in (
+    ("emoji_clip", ClipConfig), ("emoji_judge", JudgeConfig)))
 
 
 # --- evaluation ---------------------------------------------------------------------------------
@@ -328,6 +323,8 @@ def evaluate(scorers: dict[str, tuple], tables: Tables, images: int) -> dict[str
   style_accuracy: the judge's second head names the vendor.
   margin_correlation: how the two scorers' margins (own caption against the mean of 19 other names
     on its colour) go together over images, -1 to 1.
+  error_correlation: the same of their misses in retrieval_20_same_colour, on sharp and soft images;
+    absent where a scorer has none.
 
   Args:
     scorers: module and parameters by name; images: number of images for each figure.
@@ -335,13 +332,14 @@ def evaluate(scorers: dict[str, tuple], tables: Tables, images: int) -> dict[str
   key = rng.stream(jax.random.key(0), rng.EVAL)
   count = tables.tokens.shape[0]
   rand = np.random.default_rng(0)
-  figures, margins = {name: {} for name in scorers}, {name: [] for name in scorers}
+  figures = {name: {} for name in scorers}
+  margins, misses = ({name: [] for name in scorers} for _ in range(2))
   trained, same = np.asarray(tables.trained), np.asarray(tables.same_name)
   for split in ("seen", "held_out"):
     pairs = np.argwhere(trained == (split == "seen"))
     name, colour = pairs[rand.integers(len(pairs), size=images)].T
     vendor = rand.integers(2, size=images)
-    sharp = augment(tables.rgba[vendor, name], jnp.asarray(PALETTE)[colour], key)
+    sharp = augment(tables.rgba[vendor, name], jnp.asarray(autoencoder.PALETTE)[colour], key)
     blur = _blur_matrix(jnp.full(images, 1.5 * sharp.shape[1] / 32), sharp.shape[1])
     soft = jnp.einsum("bkj,bljc->blkc", blur, jnp.einsum("bij,bjkc->bikc", blur, sharp))
 
@@ -366,6 +364,7 @@ def evaluate(scorers: dict[str, tuple], tables: Tables, images: int) -> dict[str
         of_name = scores[row, name].copy()
         of_name[row, colour] = -np.inf
         share = lambda ok: round(float(np.mean(ok)), 4)
+        misses[scorer_name].append(own <= alike.max(1))
         out[f"retrieval_20_{split}{kind}"] = share(own > mixed.max(1))
         out[f"retrieval_20_same_colour_{split}{kind}"] = share(own > alike.max(1))
         out[f"name_top1_{split}{kind}"] = share(own > on_colour.max(1))
@@ -381,48 +380,14 @@ def evaluate(scorers: dict[str, tuple], tables: Tables, images: int) -> dict[str
             out[f"style_accuracy_{split}"] = share(logits.argmax(1) == vendor)
   if len(scorers) == 2:
     a, b = (np.concatenate(m) for m in margins.values())
+    missed = [np.concatenate(m) for m in misses.values()]
     for out in figures.values():
       out["margin_correlation"] = round(float(np.corrcoef(a, b)[0, 1]), 4)
+      if all(m.any() for m in missed):
+        out["error_correlation"] = round(float(np.corrcoef(*missed)[0, 1]), 4)
   return figures
 
 
 def _apply_in_parts(module, params, method: str, x, size=512):
   run = jax.jit(lambda params, x: module.apply({"params": params}, x, method=method))
   return np.concatenate([run(params, x[i:i + size]) for i in range(0, len(x), size)])
-
-
-def main(config, data: str, tokenizer_dir: str, output: str) -> None:
-  """Trains and measures both scorers and writes their assets."""
-  output = pathlib.Path(output)
-  drawings = emoji.load(data).of(config.data.categories)
-  tokenizer = Tokenizer.load(tokenizer_dir)
-  tables = make_tables(drawings, tokenizer)
-  print(f"{len(drawings.names)} names by {len(emoji.STYLES)} vendors")
-  trained = {name: train(name, config, tables, tokenizer, output / "training" / name)
-             for name in SCORERS}
-  scorers = {name: (SCORERS[name](asset["model"]), params)
-             for name, (asset, params) in trained.items()}
-  for name, figures in evaluate(scorers, tables, config.eval.images).items():
-    asset, params = trained[name]
-    save_scorer(output / name, asset | {"figures": figures}, params, tokenizer)
-    print(name, json.dumps(figures, indent=2))
-
-
-if __name__ == "__main__":
-  from absl import app, flags
-  from ml_collections import config_flags
-
-  CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-  DATA = flags.DEFINE_string("data", None, "drawings, from jaxalign.data.emoji", required=True)
-  TOKENIZER = flags.DEFINE_string("tokenizer", str(ASSETS / "emoji_clip"), "tokenizer folder")
-  OUTPUT = flags.DEFINE_string("output", None, "folder for both scorers", required=True)
-  flags.mark_flag_as_required("config")
-
-  def run(_):
-    try:
-      main(CONFIG.value, DATA.value, TOKENIZER.value, OUTPUT.value)
-    except UserError as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(2)
-
-  app.run(run)

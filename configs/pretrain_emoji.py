@@ -1,0 +1,26 @@
+"""The embedded model: UNet and text encoder, from drawings and the autoencoder.
+
+  python -m jaxalign.launch --config=configs/pretrain_emoji_vae.py
+  python -m jaxalign.launch --config=configs/pretrain_emoji.py
+
+Arguments after a colon:
+  emoji    new weights (default)
+  smoke    three steps of a tiny one
+"""
+from jaxalign import configs_lib
+from jaxalign.pretrain import config as pretrain
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke"))
+  config = pretrain.default("emoji", "pretrain_emoji:" + size)
+  config.optim.lr, config.optim.warmup, config.optim.ema = 1e-3, 200, 0.998
+  config.optim.weight_decay = 1e-2
+  config.train.steps, config.train.look_every, config.train.checkpoint_every = 5000, 500, 250
+  config.optim.decay_steps = 4800
+  if size == "smoke":
+    config.task.widths, config.task.batch = (32, 32), 4
+    config.task.text_width, config.task.text_layers = 32, 1
+    config.train.steps, config.train.look_every, config.train.checkpoint_every = 3, 2, 2
+    config.train.log_every = 1
+  return config

@@ -1,0 +1,59 @@
+"""Training of the embedded emoji world from drawings: autoencoder, denoiser, scorers.
+
+Each is a `Task`, in a file of its own; `loop.run` trains any of them. Order: `emoji_vae`, then
+`emoji` (UNet and text encoder, on the autoencoder's latents), `emoji_clip` and `emoji_judge`.
+"""
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxalign.errors import UserError
+
+TASKS = {
+    "emoji_vae": "jaxalign.pretrain.autoencoder",
+    "emoji": "jaxalign.pretrain.denoiser",
+    "emoji_clip": "jaxalign.pretrain.scorers:emoji_clip",
+    "emoji_judge": "jaxalign.pretrain.scorers:emoji_judge",
+}
+
+
+class Look(NamedTuple):
+  """What is seen of a network between steps.
+
+  Attributes:
+    figures: scalars by `group/name`.
+    images: `[P, K, H, W, 3]` in [0, 1], P rows that `labels` name; None where it draws none.
+  """
+  figures: dict[str, float]
+  images: Any = None
+  labels: tuple[str, ...] = ()
+
+
+class Task(NamedTuple):
+  """Something to train.
+
+  A module of `TASKS` offers `Config`, a frozen dataclass, and `make(cfg, drawings) -> Task`.
+
+  Attributes:
+    init: `(key) -> params`.
+    tables: tree of arrays that batches are drawn from.
+    draw: `(tables, key) -> batch`, all that is random in a step; arrays `[B, ...]`.
+    loss: `(params, batch) -> (loss, metrics)`.
+    look: `(params, thorough) -> Look`; the thorough one is the last, and what is reported.
+    save: `(params, folder, record)` writes the asset; `record` says how it was made.
+  """
+  init: Callable
+  tables: Any
+  draw: Callable
+  loss: Callable
+  look: Callable
+  save: Callable
+
+
+def load(name: str):
+  """What offers task `name`; raises UserError naming `task.name` if there is none."""
+  if name not in TASKS:
+    raise UserError(f"task.name={name!r} is unknown; choose one of {', '.join(TASKS)}")
+  module, _, inside = TASKS[name].partition(":")
+  module = importlib.import_module(module)
+  return getattr(module, inside) if inside else module

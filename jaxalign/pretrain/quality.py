@@ -1,0 +1,124 @@
+"""How good a model of emoji is: the figures of its card."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxalign.data import emoji
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.vae import decode_images
+from jaxalign.rewards.emoji import emoji_clip, emoji_judge
+from jaxalign.rewards.rules import color_accuracy
+from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+
+STEPS, GUIDANCE, CHOICES = 20, 3.0, 20
+_BATCH = 64
+
+
+@functools.lru_cache(maxsize=2)
+def _program(unet, vae, scheduler: tuple):
+  """Compiled sampling; networks and schedule are what a program depends on, not the weights."""
+  schedule = Schedule.from_config(dict(scheduler))
+  sampler = make_sampler(schedule, STEPS, kind="ddim", eta=0.0, spacing="", final="",
+                         variance="small")
+  denoise = lambda variables, x, t, cond: unet.apply(variables, x, t, cond["text"])
+  eps = guided_eps(denoise, schedule, GUIDANCE)
+  size, channels = unet.config.sample_size, unet.config.in_channels
+
+  @jax.jit
+  def sample(params, conditioning, ids, key):
+    trajectory = rollout(eps, {"params": params["unet"]}, sampler, conditioning, key, ids,
+                         (size, size, channels))
+    return decode_images(vae, params["vae"], trajectory.final)
+  return sample
+
+
+def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "drawing"):
+  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise, guidance 3."""
+  sample = _program(pipeline.unet, pipeline.vae, tuple(
+      (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))))
+  params = jax.device_put({name: pipeline.params[name] for name in ("unet", "vae")})
+  encode = jax.jit(pipeline.encode_prompts)
+  text = lambda prompts: encode(pipeline.params["text_encoder"], pipeline.tokenizer(prompts))
+  empty = jax.tree.map(lambda a: jnp.repeat(a, _BATCH, 0), text([""]))
+  images = []
+  with tqdm(total=len(captions), desc=label, unit="img", leave=False) as bar:
+    for i in range(0, len(captions), _BATCH):
+      part = captions[i:i + _BATCH]
+      cond = text(part + [""] * (_BATCH - len(part)))          # the last batch is filled up
+      ids = jnp.arange(i, i + _BATCH, dtype=jnp.int32)
+      images.append(np.asarray(sample(
+          params, Conditioning(cond, empty), ids, jax.random.key(seed))))
+      bar.update(len(part))
+  return np.concatenate(images)[:len(captions)]
+
+
+def share(right) -> dict[str, float]:
+  """Mean of `[n]` yes/no answers with its 95 % interval (Wilson)."""
+  right = np.asarray(right, np.float64)
+  n, p, z = len(right), float(right.mean()), 1.96
+  middle, scale = (p + z * z / (2 * n)), 1 + z * z / n
+  half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+  return {"mean": p, "low": float((middle - half) / scale), "high": float((middle + half) / scale),
+          "n": n}
+
+
+def trained_pairs(drawings: emoji.Drawings) -> list[tuple[str, str]]:
+  """All (name, colour) that training sees."""
+  return [(str(name), colour) for name in drawings.names for colour in emoji.COLOURS
+          if not emoji.held_out(str(name), colour)]
+
+
+def ranks_first(scorer, images, captions, wrong) -> np.ndarray:
+  """Whether each image's caption scores above all its wrong ones, `[B]` bool.
+
+  Args:
+    wrong: `[B][K]` captions.
+  """
+  score = jax.jit(scorer.score)
+  of = lambda texts: np.asarray(score(scorer.params, images, scorer.prepare(texts)))
+  own = of(captions)
+  best = np.max([of([row[k] for row in wrong]) for k in range(len(wrong[0]))], 0)
+  return own > best
+
+
+def measure(pipeline: Pipeline, drawings: emoji.Drawings, images: int, seed: int = 0):
+  """Figures of a model on captions of trained name-colour pairs, without a style.
+
+  colour: the border has the named colour (`color_accuracy`).
+  judge_20, clip_20: the scorer ranks the image's caption above 19 random ones.
+  judge_20_names: the same where the wrong ones differ in the name only.
+  noto, twemoji: share the judge takes for each vendor's style.
+
+  Returns:
+    Figures with 95 % intervals, images `[n, S, S, 3]`, their captions.
+  """
+  generator = np.random.default_rng(seed)
+  pairs = trained_pairs(drawings)
+  chosen = [pairs[i] for i in generator.integers(len(pairs), size=images)]
+  captions = [emoji.caption(*pair) for pair in chosen]
+  drawn = draw(pipeline, captions, seed, "drawing samples")
+  return {**score(drawn, chosen, drawings, generator)}, drawn, captions
+
+
+def score(drawn, chosen, drawings: emoji.Drawings, generator) -> dict[str, dict]:
+  """The figures of `measure` for images `[n, S, S, 3]` of `chosen` (name, colour)."""
+  captions = [emoji.caption(*pair) for pair in chosen]
+  names = list(map(str, drawings.names))
+
+  def others(colour_of):
+    return [[emoji.caption(generator.choice([n for n in names if n != name]), colour_of(colour))
+             for _ in range(CHOICES - 1)] for name, colour in chosen]
+  anywhere = others(lambda _: str(generator.choice(emoji.COLOURS)))
+  same_colour = others(lambda colour: colour)
+  judge, clip, rule = emoji_judge(), emoji_clip(), color_accuracy()
+  vendor = np.asarray(judge.style(judge.params, drawn)).argmax(-1)
+  return {
+      "colour": share(rule.score(rule.params, jnp.asarray(drawn), rule.prepare(captions))),
+      "judge_20": share(ranks_first(judge, drawn, captions, anywhere)),
+      "judge_20_names": share(ranks_first(judge, drawn, captions, same_colour)),
+      "clip_20": share(ranks_first(clip, drawn, captions, anywhere)),
+      **{style: share(vendor == i) for i, style in enumerate(emoji.STYLES)},
+  }

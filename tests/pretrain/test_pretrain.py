@@ -1,0 +1,252 @@
+"""Pretraining of the embedded world: tasks, loop, resume, figures."""
+import importlib.util
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import pretrain
+from jaxalign.checkpoint import Checkpointer
+from jaxalign.convert import load_pipeline
+from jaxalign.data import emoji
+from jaxalign.errors import UserError
+from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.pretrain import autoencoder, denoiser, loop, quality, scorers
+from jaxalign.pretrain.config import parse
+from jaxalign.rewards import Reward
+from jaxalign.rewards.emoji import ASSETS, load_scorer
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+TOKENIZER = ASSETS / "emoji" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def drawings():
+  """Six flat drawings of six shades, two vendors apart by their size."""
+  rgba = np.zeros((2, 6, 32, 32, 4), np.uint8)
+  for i in range(6):
+    rgba[0, i, 8:24, 8:24] = (40 * i, 255 - 40 * i, 120 * (i % 2), 255)
+    rgba[1, i, 12:20, 4:28] = rgba[0, i, 10, 10]
+  names = np.array(["cat", "dog", "whale", "tulip", "pizza", "heart"])
+  return emoji.Drawings(rgba, names, np.array(["Activities"] * 6))
+
+
+@pytest.fixture(scope="module")
+def folder(drawings, tmp_path_factory):
+  path = tmp_path_factory.mktemp("drawings")
+  np.savez(path / "emoji.npz", **drawings._asdict())
+  return path
+
+
+def recipe(name: str, arg: str, folder):
+  spec = importlib.util.spec_from_file_location("recipe", ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(arg)
+  config.data.drawings = str(folder / "emoji.npz")
+  return config
+
+
+@pytest.fixture(scope="module")
+def vae_run(folder):
+  return loop.run(parse(recipe("pretrain_emoji_vae", "smoke", folder)), folder / "vae_run")
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def test_autoencoder_recipe_writes_latents_of_unit_scale(vae_run, folder, drawings):
+  assert vae_run["steps"] == 3 and vae_run["figures"]["eval/mean_absolute_error"] > 0
+  vae, params, config = autoencoder.read(folder / "vae_run" / "export")
+  latents = denoiser.all_latents(vae, params, drawings.rgba)
+  assert latents.shape == (2, 2, 6, 12, 8, 8, 4)
+  assert 0.8 < latents.std() < 1.25
+  assert len(list((folder / "vae_run" / "samples").glob("*.png"))) == 2
+  lines = [json.loads(line) for line in
+           (folder / "vae_run" / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(vae_run, folder, tmp_path, monkeypatch):
+  config = recipe("pretrain_emoji_vae", "smoke", folder)
+  save, count = Checkpointer.save, []
+
+  def killed(self, *args):
+    save(self, *args)
+    self.wait()
+    count.append(1)
+    if len(count) == 1:
+      raise KeyboardInterrupt
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpointer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+      loop.run(parse(config), tmp_path / "run")
+  resumed = loop.run(parse(config), tmp_path / "run")
+  assert resumed["figures"] == vae_run["figures"]
+  weights = [(path / "export" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+             for path in (tmp_path / "run", folder / "vae_run")]
+  assert weights[0] == weights[1]
+  assert loop.run(parse(config), tmp_path / "run") == resumed       # finished: nothing is done
+  config.optim.lr = 0.5
+  with pytest.raises(UserError, match="optim.lr"):
+    loop.run(parse(config), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_batch_is_the_same_on_several_devices(folder, drawings):
+  if len(jax.devices()) < 2:
+    pytest.skip("one device")
+  cfg = parse(recipe("pretrain_emoji_vae", "smoke", folder))
+  runs = [loop.run(cfg, folder / f"devices{n}", jax.devices()[:n]) for n in (1, 2)]
+  for key, value in runs[0]["figures"].items():
+    np.testing.assert_allclose(runs[1]["figures"][key], value, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_denoiser_recipe_writes_a_model_that_loads(vae_run, folder):
+  config = recipe("pretrain_emoji", "smoke", folder)
+  config.task.vae = str(folder / "vae_run" / "export")
+  summary = loop.run(parse(config), folder / "unet_run")
+  assert 0 <= summary["figures"]["eval/judge_20"] <= 1
+  pipeline = load_pipeline(folder / "unet_run" / "export")
+  assert pipeline.unet.config.block_out_channels == (32, 32)
+  images = quality.draw(pipeline, ["a cat on a red background"] * 3)
+  assert images.shape == (3, 32, 32, 3) and np.isfinite(images).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["emoji_clip", "emoji_judge"])
+def test_scorer_recipes_write_assets_that_load(folder, name):
+  config = recipe("pretrain_emoji_scorers", f"{name},smoke", folder)
+  config.task.images = 16
+  loop.run(parse(config), folder / name)
+  scorer = load_scorer(folder / name / "export")
+  prompts = ["a cat on a red background"] * 2
+  score = scorer.score(scorer.params, np.zeros((2, 32, 32, 3)), scorer.prepare(prompts))
+  assert np.isfinite(score).all()
+  figures = json.loads((folder / name / "export" / "config.json").read_text())["figures"]
+  assert 0 <= figures["retrieval_20_held_out"] <= 1
+
+
+def test_mistakes_name_their_key(folder, tmp_path):
+  config = recipe("pretrain_emoji_vae", "smoke", folder)
+  config.task.widths = (20, 20)
+  with pytest.raises(UserError, match="task.widths"):
+    parse(config)
+  config = recipe("pretrain_emoji_vae", "smoke", folder)
+  config.data.drawings = str(tmp_path / "none.npz")
+  with pytest.raises(UserError, match="not a file of drawings"):
+    loop.run(parse(config), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  config = recipe("pretrain_emoji", "smoke", folder)
+  config.task.vae = str(tmp_path)
+  with pytest.raises(UserError, match="task.vae"):
+    loop.run(parse(config), tmp_path / "run")
+  with pytest.raises(UserError, match="task.name"):
+    pretrain.load("emoji_gan")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+  config = recipe("pretrain_emoji_vae", "smoke", folder)
+  config.optim.lr, config.optim.clip_norm = 1e30, 0.0
+  with pytest.raises(UserError, match="not finite"):
+    loop.run(parse(config), tmp_path / "run")
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+def test_autoencoder_losses():
+  mean, logvar = jnp.array([0.0, 1.0]), jnp.array([0.0, 0.0])
+  np.testing.assert_allclose(autoencoder.kl_to_normal(mean, logvar), 0.25)
+  x = np.zeros((1, 4, 4, 3), np.float32)
+  np.testing.assert_allclose(autoencoder.reconstruction_loss(x, x + 0.5, 1.0), 0.5)   # no edge
+  y = x.copy()
+  y[:, :, 2:] = 1.0                          # one edge of four columns: a third of the differences
+  np.testing.assert_allclose(autoencoder.reconstruction_loss(x, y, 1.0), 0.5 + 1 / 3, rtol=1e-6)
+
+
+def test_denoiser_learns_only_trained_pairs(drawings, vae_run, folder):
+  cfg = denoiser.Config(vae=str(folder / "vae_run" / "export"), widths=(32,), text_width=32,
+                        text_layers=1, batch=64, caption_dropout=0.5)
+  task = denoiser.make(cfg, drawings)
+  batch = jax.jit(task.draw)(task.tables, jax.random.key(0))
+  assert 16 < int((np.asarray(batch["tokens"]) == task.tables["empty"]).all(1).sum()) < 48
+  held_out = {task.tables["tokens"][i, j, s].tobytes() for i, name in enumerate(drawings.names)
+              for j, colour in enumerate(emoji.COLOURS) for s in range(3)
+              if emoji.held_out(str(name), colour)}
+  assert held_out and not held_out & {row.tobytes() for row in np.asarray(batch["tokens"])}
+  np.testing.assert_array_equal(np.diff(np.asarray(batch["t"])) > 0, True)
+  # A network that predicts nothing at first has the noise's variance as its loss.
+  loss, _ = jax.jit(task.loss)(task.init(jax.random.key(1)), batch)
+  np.testing.assert_allclose(loss, np.square(batch["noise"]).mean(), rtol=1e-4)
+
+
+def test_scorer_batch_is_what_it_says(drawings):
+  tables = jax.tree.map(jnp.asarray, scorers.make_tables(drawings, Tokenizer.load(TOKENIZER)))
+  draw = jax.jit(lambda key: scorers.draw_batch(
+      tables, key, names=6, colours_per_step=4, style_fraction=0.5))
+  batch = draw(jax.random.key(0))
+  assert batch.images.shape == (12, 32, 32, 3)
+  assert float(batch.images.min()) >= 0 and float(batch.images.max()) <= 1
+  row = np.argsort(tables.same_name)[batch.name]
+  assert np.all(np.asarray(tables.trained)[row, batch.colour])
+  pairs = np.asarray(batch.colour).reshape(-1, 2)
+  assert np.all(pairs[:, 0] != pairs[:, 1])
+  assert np.all((batch.style == batch.vendor) | (batch.style == denoiser.NO_STYLE))
+
+
+def test_true_captions_are_no_negatives():
+  zeros = np.zeros(4, np.int32)
+  batch = scorers.Batch(None, None, name=zeros, colour=zeros, vendor=np.array([0, 1, 0, 1]),
+                        style=zeros + denoiser.NO_STYLE)
+  image = text = np.eye(4, dtype=np.float32)
+  loss, hit = scorers.contrastive_loss(image, text, 1.0, batch)
+  assert float(loss) == 0 and float(hit) == 1
+  loss, _ = scorers.contrastive_loss(np.ones((4, 1)), np.ones((4, 1)), 1.0,
+                                     batch._replace(name=np.arange(4)))
+  np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_judge_learns(drawings, folder, tmp_path):
+  config = recipe("pretrain_emoji_scorers", "emoji_judge,smoke", folder)
+  config.train.steps, config.train.look_every, config.task.images = 60, 60, 16
+  config.optim.warmup, config.train.checkpoint_every = 5, 60
+  loop.run(parse(config), tmp_path / "run")
+  lines = [json.loads(line) for line in
+           (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  losses = [line["train/loss"] for line in lines]
+  assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.3
+  chex.assert_tree_all_finite(losses)
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def test_interval_of_a_share():
+  low, high = (quality.share([1] * 8 + [0] * 2)[key] for key in ("low", "high"))
+  np.testing.assert_allclose([low, high], [0.4902, 0.9433], atol=2e-4)     # Wilson 1927
+  assert quality.share([1] * 10)["high"] == pytest.approx(1.0)
+  assert quality.share([1] * 10)["low"] > 0.6
+
+
+def test_ranks_first():
+  lengths = Reward("length", {}, lambda prompts: {"n": np.array([float(len(p)) for p in prompts])},
+                   lambda params, images, prepared: prepared["n"] - images.mean((1, 2, 3)))
+  images = np.zeros((2, 4, 4, 3), np.float32)
+  np.testing.assert_array_equal(
+      quality.ranks_first(lengths, images, ["aaa", "a"], [["a", "aa"], ["aa", ""]]), [True, False])
+
+
+@pytest.mark.slow
+def test_drawing_depends_on_nothing_but_captions_and_seed():
+  pipeline = load_pipeline(ASSETS / "emoji")
+  captions = ["a cat on a red background", "a dog on a blue background"]
+  both, first = quality.draw(pipeline, captions), quality.draw(pipeline, captions[:1])
+  np.testing.assert_allclose(both[:1], first, atol=1e-5)
+  assert np.abs(quality.draw(pipeline, captions, seed=1) - both).max() > 0.1
