@@ -130,6 +130,12 @@ class Batch(NamedTuple):
   style: jax.Array
 
 
+def module_of(folder: pathlib.Path):
+  """The network of the asset in `folder`, without its weights."""
+  config = json.loads((folder / "config.json").read_text())
+  return SCORERS[config["name"]](config["model"])
+
+
 def make_tables(drawings: emoji.Drawings, tokenizer: Tokenizer, vae=None) -> Tables:
   """The tables of all drawings."""
   tokens = caption_tokens(drawings, tokenizer)

@@ -1,0 +1,97 @@
+"""Task sets with headroom: prompts on which the embedded model succeeds now and then.
+
+`python -m jaxalign.pretrain.tasks --drawings=FILE [--model=DIR] [--output=DIR]` draws every name,
+keeps those with 20 to 60 % success, splits their backgrounds into training and held-out prompts,
+measures the held-out ones afresh and writes prompt files and the table `tasks.json`.
+"""
+import argparse
+import json
+import pathlib
+import sys
+import zlib
+
+import numpy as np
+
+from jaxalign.convert import load_pipeline
+from jaxalign.data import emoji
+from jaxalign.errors import UserError
+from jaxalign.pretrain import quality
+from jaxalign.rewards import make_reward
+from jaxalign.rewards.emoji import ASSETS
+
+HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
+LOW, HIGH = 0.2, 0.6
+NAMES = 16                        # of a set, at most
+SAMPLES = 10                      # of a name, to choose by; of a held-out prompt, to report
+
+# Set -> kinds of method, caption of a name on a colour, continuous reward, yes/no reward, threshold
+SETS = {
+    "emoji_names": ("sparse rewards: DDPO, B2-DiffuRL, Diff-Instruct*", (None,),
+                    "emoji_clip", "emoji_rank"),
+    "emoji_styles": ("noise at inference: DNO, best-of-N", emoji.STYLES,
+                     "emoji_style", "emoji_style"),
+}
+
+
+def successes(pipeline, captions: list[str], reward_name: str, seed: int, label: str) -> np.ndarray:
+  """`[len(captions)]` bool: one image of each caption, and whether its reward is above 0."""
+  images = quality.draw(pipeline, captions, seed, label)
+  reward = make_reward((reward_name,), (1.0,)).parts[0][2]
+  return np.concatenate([
+      np.asarray(reward.score(reward.params, images[i:i + 64], reward.prepare(captions[i:i + 64])))
+      for i in range(0, len(captions), 64)]) > 0
+
+
+def choose(pipeline, names: list[str], styles, reward: str) -> list[tuple[str, str | None]]:
+  """(name, style) with a success between `LOW` and `HIGH`, at most `NAMES`, in a fixed order."""
+  entries = [(name, style) for name in names for style in styles]
+  colours = [c for c in emoji.COLOURS if c not in HELD_OUT_COLOURS]
+  captions = [emoji.caption(name, colours[k % len(colours)], style)
+              for name, style in entries for k in range(SAMPLES)]
+  rate = successes(pipeline, captions, reward, 1, f"choosing by {reward}").reshape(-1, SAMPLES)
+  kept = [entry for entry, r in zip(entries, rate.mean(1)) if LOW <= r <= HIGH]
+  return sorted(kept, key=lambda entry: zlib.crc32(str(entry).encode()))[:NAMES]
+
+
+def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> dict:
+  """Writes the prompt files of all sets and `tasks.json`; returns what the table holds."""
+  names = sorted(set(map(str, drawings.names)))
+  table = {}
+  for label, (methods, styles, continuous, sparse) in SETS.items():
+    chosen = choose(pipeline, names, styles, sparse)
+    if not chosen:
+      raise UserError(f"{label}: no name has a success between {LOW} and {HIGH}")
+    prompts = {"train": [], "heldout": []}
+    for name, style in chosen:
+      for colour in emoji.COLOURS:
+        side = "heldout" if colour in HELD_OUT_COLOURS else "train"
+        prompts[side].append(emoji.caption(name, colour, style))
+    for side, lines in prompts.items():
+      (folder / f"{label}_{side}.txt").write_text("\n".join(lines) + "\n")
+    repeated = [prompt for prompt in prompts["heldout"] for _ in range(SAMPLES)]
+    right = successes(pipeline, repeated, sparse, 2, f"measuring {label}")
+    table[label] = {"methods": methods, "reward": continuous, "success": f"{sparse} above 0",
+                    "prompts": {side: len(lines) for side, lines in prompts.items()},
+                    "base_success": quality.share(right)}
+  (folder / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
+  return table
+
+
+def main(argv=None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.data.emoji")
+  parser.add_argument("--model", default=str(ASSETS / "emoji"), help="diffusers directory")
+  parser.add_argument("--output", type=pathlib.Path, default=ASSETS / "prompts", help="folder")
+  args = parser.parse_args(argv)
+  args.output.mkdir(parents=True, exist_ok=True)
+  table = write(load_pipeline(args.model), emoji.load(args.drawings).of(emoji.CORE_CATEGORIES),
+                args.output)
+  print(json.dumps(table, indent=2))
+
+
+if __name__ == "__main__":
+  try:
+    main()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
