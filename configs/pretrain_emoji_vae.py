@@ -16,7 +16,7 @@ def get_config(arg=""):
   config.train.steps, config.train.look_every = 1600, 400
   config.optim.decay_steps = 1500
   if arg == "smoke":
-    config.task.widths, config.task.batch = (16, 16, 16), 4
+    config.task.widths, config.task.batch = (16, 16, 16), 8
     config.train.steps, config.train.look_every, config.train.checkpoint_every = 3, 2, 2
     config.train.log_every = 1
   return config

@@ -8,7 +8,7 @@ import sys
 import jax
 from ml_collections import config_flags
 
-from jaxalign import configs_lib
+from jaxalign import configs_lib, sharding
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
 from jaxalign.methods import AT_INFERENCE
@@ -32,6 +32,8 @@ def main(argv) -> None:
     print(describe(cfg))
     return
   from jaxalign.train import inference, loop
+  if cfg.mesh.data == -1 and cfg.mesh.fsdp == cfg.mesh.tensor == 1:
+    sharding.use_cores(cfg.check_devices)
   jax.config.update("jax_threefry_partitionable", True)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-"))
   (inference if cfg.method_name in AT_INFERENCE else loop).run(cfg, workdir)
@@ -43,6 +45,7 @@ def _pretrain(config) -> None:
   if _DRY_RUN.value:
     raise UserError("--dry_run: is for methods; a pretraining recipe has no policy to describe")
   cfg = parse(config)
+  sharding.use_cores(cfg.check_devices)
   jax.config.update("jax_threefry_partitionable", True)
   loop.run(cfg, pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-")))
 

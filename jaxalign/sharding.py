@@ -4,6 +4,8 @@ Three mesh axes: `data` (batch), `fsdp` (batch, and parameters split over it), `
 dimensions). Parameters are placed by ordered regexes on their path; the same rules place optimiser
 moments and averages, whose paths end alike. Adapters are small and replicate.
 """
+import contextlib
+import os
 import re
 
 import jax
@@ -44,6 +46,26 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     raise UserError(f"mesh.data x mesh.fsdp x mesh.tensor = {size}, but there are {len(devices)} "
                     "devices")
   return Mesh(np.asarray(devices[:size]).reshape(data, fsdp, tensor), AXES)
+
+
+def use_cores(fits) -> None:
+  """Makes a device of every core where the CPU is the only platform; XLA alone fills about one.
+
+  To be called before anything runs on a device; does nothing after.
+
+  Args:
+    fits: `(number of devices) -> None`, raises UserError where the batch does not divide; then
+      fewer cores are used.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return                                                 # the user has said how many
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  for count in range(min(cores, 8), 1, -1):                # beyond, rows per device are too few
+    with contextlib.suppress(UserError):
+      fits(count)
+      with contextlib.suppress(RuntimeError):              # a device is in use already
+        jax.config.update("jax_num_cpu_devices", count)
+      return
 
 
 def batch_shards(mesh: Mesh) -> int:

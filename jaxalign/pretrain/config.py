@@ -66,6 +66,11 @@ class PretrainConfig:
     if self.optim.accumulate != 1:
       raise UserError(f"optim.accumulate={self.optim.accumulate}: pretraining has no micro-batches")
 
+  def check_devices(self, count: int) -> None:
+    """Raises UserError unless a batch divides over `count` devices."""
+    if self.task.batch % count:
+      raise UserError(f"task: a batch of {self.task.batch} does not divide over {count} devices")
+
   def to_dict(self) -> dict:
     """Nested plain values, as written to config.json."""
     out = dataclasses.asdict(self)

@@ -46,6 +46,8 @@ def _run(cfg, path, devices, stack) -> dict:
     if summary["steps"] >= cfg.train.steps:
       tqdm.write(f"{path}: this run is finished; see {summary_file}")
       return summary
+  mesh = sharding.make_mesh(-1, 1, 1, devices)
+  cfg.check_devices(mesh.size)
   drawings = emoji.load(cfg.data.drawings).of(cfg.data.categories)
   if not len(drawings.names):
     raise UserError(f"data.categories={cfg.data.categories}: {cfg.data.drawings} has none of them")
@@ -55,7 +57,6 @@ def _run(cfg, path, devices, stack) -> dict:
 
   optimizer = make_optimizer(cfg.optim, mask=lambda tree: jax.tree.map(lambda a: a.ndim > 1, tree))
   root = jax.random.key(cfg.seed)
-  mesh = sharding.make_mesh(-1, 1, 1, devices)
   everywhere = sharding.replicated(mesh)
   tables = jax.device_put(task.tables, everywhere)
 

@@ -39,7 +39,7 @@ class Config:
 
   Attributes:
     tokenizer: folder of the tokenizer; the embedded model's by default.
-    names: drawn per step, each in four images: two vendors, two colours.
+    names: drawn per step, each in two images, of two vendors on two colours.
     colours_per_step: of 12: the fewer, the more wrong names share their background.
     style_fraction: share in [0, 1) of captions that name the vendor's style.
     max_logit_scale: caps 1 / temperature, so that scores spread over [-1, 1].
@@ -61,6 +61,11 @@ class Config:
     check("task", self)
     if not 2 <= self.colours_per_step <= len(emoji.COLOURS):
       raise UserError(f"task.colours_per_step={self.colours_per_step} is outside [2, 12]")
+
+  @property
+  def batch(self) -> int:
+    """Images per step."""
+    return 2 * self.names
 
 
 @dataclasses.dataclass(frozen=True)
