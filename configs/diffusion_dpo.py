@@ -7,6 +7,8 @@
 Arguments after a colon:
   emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default); six
            minutes on two CPU cores are aimed at, neither they nor the outcome are measured
+  r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
+           `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
@@ -20,10 +22,10 @@ from jaxalign import configs_lib
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
+  size, _ = configs_lib.split_argument(arg, configs_lib.PAIR_SIZES)
   config = configs_lib.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
-  if size == "emoji":
-    configs_lib.make_emoji_pairs(config)
+  if size == "emoji" or size in configs_lib.MISMATCH:
+    configs_lib.make_emoji_pairs(config, size)
     config.method.beta = 31.0               # 2000 x 256 / 16384 elements of a latent
     config.train.steps, config.train.checkpoint_every, config.eval.every = 90, 30, 30
     config.optim.decay_steps = 80

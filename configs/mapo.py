@@ -7,6 +7,8 @@
 Arguments after a colon, joined by commas:
   emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default); six
            minutes on two CPU cores are aimed at, neither they nor the outcome are measured
+  r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
+           `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, all of the UNet trained, with the hyperparameters that
            were published for SDXL; not measured
@@ -20,10 +22,10 @@ from jaxalign.methods.preference import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  size, presets = configs_lib.split_argument(arg, configs_lib.PAIR_SIZES, PRESETS)
   config = configs_lib.default("mapo", "mapo:" + (arg or "emoji"))
-  if size == "emoji":
-    configs_lib.make_emoji_pairs(config)
+  if size == "emoji" or size in configs_lib.MISMATCH:
+    configs_lib.make_emoji_pairs(config, size)
     config.method.logit_scale = 200.0       # margins of the base model then have std 1.8
   elif size == "smoke":
     configs_lib.make_smoke(config)

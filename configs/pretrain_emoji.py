@@ -16,8 +16,8 @@ def get_config(arg="emoji"):
   config = pretrain.default("emoji", "pretrain_emoji:" + size)
   config.optim.lr, config.optim.warmup, config.optim.ema = 1e-3, 200, 0.998
   config.optim.weight_decay = 1e-2
-  config.train.steps, config.train.look_every, config.train.checkpoint_every = 5000, 1000, 250
-  config.optim.decay_steps = 4800
+  config.train.steps, config.train.look_every, config.train.checkpoint_every = 3400, 850, 200
+  config.optim.decay_steps = 3200
   if size == "smoke":
     config.task.widths, config.task.batch = (32, 32), 8
     config.task.text_width, config.task.text_layers = 32, 1

@@ -7,6 +7,8 @@
 Arguments after a colon:
   emoji    the embedded model on Twemoji's drawings of the shipped pairs (default); six minutes on
            two CPU cores are aimed at, neither they nor the outcome are measured
+  r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
+           `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
@@ -17,10 +19,10 @@ from jaxalign import configs_lib
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
+  size, _ = configs_lib.split_argument(arg, configs_lib.PAIR_SIZES)
   config = configs_lib.default("sft", "sft:" + (arg or "emoji"))
-  if size == "emoji":
-    configs_lib.make_emoji_pairs(config)
+  if size == "emoji" or size in configs_lib.MISMATCH:
+    configs_lib.make_emoji_pairs(config, size)
     config.sample.batch = 64                # as many images per update as the others have
   elif size == "smoke":
     configs_lib.make_smoke(config)

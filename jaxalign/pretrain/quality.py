@@ -18,13 +18,13 @@ _BATCH = 64
 
 
 @functools.lru_cache(maxsize=2)
-def _program(unet, vae, scheduler: tuple):
+def _program(unet, vae, scheduler: tuple, guidance: float):
   """Compiled sampling; networks and schedule are what a program depends on, not the weights."""
   schedule = Schedule.from_config(dict(scheduler))
   sampler = make_sampler(schedule, STEPS, kind="ddim", eta=0.0, spacing="", final="",
                          variance="small")
   denoise = lambda variables, x, t, cond: unet.apply(variables, x, t, cond["text"])
-  eps = guided_eps(denoise, schedule, GUIDANCE)
+  eps = guided_eps(denoise, schedule, guidance)
   size, channels = unet.config.sample_size, unet.config.in_channels
 
   @jax.jit
@@ -35,10 +35,12 @@ def _program(unet, vae, scheduler: tuple):
   return sample
 
 
-def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "drawing"):
-  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise, guidance 3."""
+def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "drawing",
+         guidance: float = GUIDANCE):
+  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise."""
   sample = _program(pipeline.unet, pipeline.vae, tuple(
-      (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))))
+      (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))),
+      guidance)
   params = jax.device_put({name: pipeline.params[name] for name in ("unet", "vae")})
   encode = jax.jit(pipeline.encode_prompts)
   text = lambda prompts: encode(pipeline.params["text_encoder"], pipeline.tokenizer(prompts))

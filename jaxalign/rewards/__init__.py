@@ -96,6 +96,7 @@ REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
   "color_match": _builtin("rules", "color_match"),
   "color_accuracy": _builtin("rules", "color_accuracy"),
   "brightness": _builtin("rules", "brightness"),
+  "grayness": _builtin("rules", "grayness"),
   "jpeg_compressibility": _builtin("rules", "jpeg_compressibility"),
   "jpeg_incompressibility": _builtin("rules", "jpeg_incompressibility"),
   "emoji_clip": _builtin("emoji", "emoji_clip"),

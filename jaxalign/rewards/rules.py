@@ -64,6 +64,14 @@ def brightness() -> Reward:
   return Reward("brightness", {}, lambda prompts: {}, score, "[0, 1] mean luma")
 
 
+def grayness() -> Reward:
+  """1 minus the mean over pixels of the largest minus the smallest channel; 1 has no colour."""
+  def score(params, images, prepared):
+    return 1 - (images.max(-1) - images.min(-1)).mean((1, 2))
+
+  return Reward("grayness", {}, lambda prompts: {}, score, "[0, 1]; 1 has no colour")
+
+
 def jpeg_compressibility() -> HostReward:
   """Minus the size in kB (1000 bytes) of the image as JPEG at quality 95 (Black et al. 2023)."""
   return HostReward("jpeg_compressibility", lambda images, prompts: -_jpeg_kilobytes(images),
