@@ -1,0 +1,197 @@
+"""Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=docs/results.md`.
+
+Puts finished runs side by side: one table for each task (a reward on held-out prompts), one row for
+each recipe, means over seeds. A run is read at its end, at equal reward queries and at equal time,
+the latter two from its logged curve. Pictures lie beside the page, and so does `results.json`, what
+was read of every run so far: runs that are named again replace their record, others stay.
+"""
+import json
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+from jaxalign.command import Flags, run_command
+from jaxalign.errors import UserError
+
+_FLAGS = Flags()
+_RUNS = _FLAGS.define("list", "runs", [], "Folders of finished runs; none draws the page anew.")
+_OUTPUT = _FLAGS.define("string", "output", None, "Markdown file to write.")
+
+COSTS = ("denoiser_forward", "denoiser_backward", "reward_queries", "reward_gradients")
+
+
+def read_run(folder: pathlib.Path) -> dict:
+  """The record of a finished run: what it is, its summary, and its curve.
+
+  The curve has one entry for each evaluation on watched prompts: seconds of training, reward
+  queries and gradients spent, paired change of the reward, diversity.
+
+  Raises:
+    UserError: the folder holds no finished run.
+  """
+  try:
+    config = json.loads((folder / "config.json").read_text())["config"]
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"--runs: {folder}: not a finished run: {error}") from error
+  if "tuned" not in summary:
+    raise UserError(f"--runs: {folder}: a pretraining run has nothing to compare")
+  cost, steps = summary["cost"], max(summary["steps"], 1)
+  spent = cost.get("reward_queries", 0) + cost.get("reward_gradients", 0)
+  curve = [{"seconds": line["seconds"], "queries": spent * line["step"] / steps,
+            "reward_change": line["eval/reward_change"], "diversity": line["eval/diversity"]}
+           for line in lines if "eval/reward_change" in line]
+  tuned, base = summary["tuned"], summary["base"]
+  change = {key: tuned[key]["change"] for key in ("reward", "judge") if key in tuned}
+  std = base["reward"].get("within_prompt_std")
+  return {
+      "recipe": summary["recipe"], "seed": config["seed"],
+      "task": f"{' + '.join(config['reward']['names'])} on {config['data']['eval_prompts']}",
+      "steps": summary["steps"], "seconds": summary["seconds"], "device": summary["device"],
+      "reward_std": std, "change": change, "diversity": tuned["diversity"]["ratio_to_base"],
+      "fd": tuned.get("fd_to_base"), "kl": tuned.get("kl_to_base", {}).get("mean"),
+      "cost": {key: cost.get(key, 0) for key in COSTS}, "peak_bytes": cost["peak_bytes"],
+      "curve": curve}
+
+
+def over_seeds(values) -> tuple[float, float] | None:
+  """Mean and standard error over seeds (nan for one), of those that were measured."""
+  values = [v for v in values if v is not None]
+  if not values:
+    return None
+  error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+  return float(np.mean(values)), float(error)
+
+
+def at(record: dict, key: str, limit: float, value: str) -> float | None:
+  """`value` of a record's curve where `key` reaches `limit`, linear in between.
+
+  The curve starts at 0 of everything; None where it ends before the limit.
+  """
+  curve = record["curve"]
+  if not curve or curve[-1][key] < limit * (1 - 1e-9):
+    return None
+  xs = [0.0, *(point[key] for point in curve)]
+  ys = [0.0, *(point[value] for point in curve)]
+  return float(np.interp(limit, xs, ys))
+
+
+def _number(pair, form: str) -> str:
+  if pair is None:
+    return ""
+  mean, error = pair
+  return form.format(mean) + ("" if math.isnan(error) else " ± " + form.format(error))
+
+
+def table(records: list[dict]) -> list[str]:
+  """Markdown lines of one task's table."""
+  recipes = sorted({r["recipe"] for r in records})
+  limits = {key: min((r["curve"][-1][key] for r in records if r["curve"] and r["curve"][-1][key]),
+                     default=None) for key in ("queries", "seconds")}
+  head = ["recipe", "seeds", "reward", "in std", "judge", "diversity, % of base",
+          "Frechet distance (floor)", "path KL, nats", "reward queries", "reward gradients",
+          "seconds", "peak MiB"]
+  if limits["queries"]:
+    head.append(f"reward at {limits['queries']:,.0f} queries")
+  if limits["seconds"]:
+    head.append(f"reward at {limits['seconds']:.0f} s")
+  lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+  for recipe in recipes:
+    rows = [r for r in records if r["recipe"] == recipe]
+    of = lambda pick, form: _number(over_seeds([pick(r) for r in rows]), form)
+    spent = lambda key: f"{np.mean([r['cost'][key] for r in rows]):,.0f}"
+    floor = over_seeds([r["fd"] and r["fd"]["floor"] for r in rows])
+    cells = [
+        f"`{recipe}`", str(len(rows)), of(lambda r: r["change"]["reward"]["mean"], "{:+.4f}"),
+        of(lambda r: r["change"]["reward"]["mean"] / r["reward_std"] if r["reward_std"] else None,
+           "{:+.2f}"),
+        of(lambda r: r["change"]["judge"]["mean"] if "judge" in r["change"] else None, "{:+.4f}"),
+        of(lambda r: 100 * r["diversity"], "{:.1f}"),
+        of(lambda r: r["fd"] and r["fd"]["distance"], "{:.4f}") + (
+            f" ({floor[0]:.4f})" if floor else ""),
+        of(lambda r: r["kl"], "{:.1f}"), spent("reward_queries"), spent("reward_gradients"),
+        of(lambda r: r["seconds"], "{:.0f}"),
+        f"{max(r['peak_bytes'] for r in rows) / 2**20:,.0f}"]
+    for key, limit in limits.items():
+      if limit:
+        cells.append(of(lambda r: at(r, key, limit, "reward_change"), "{:+.4f}"))
+    lines.append("| " + " | ".join(cells) + " |")
+  return lines
+
+
+def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
+  """Reward over queries, reward over time, and reward against diversity, as PNG."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+  figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+  for recipe in sorted({r["recipe"] for r in records}):
+    rows, colour = [r for r in records if r["recipe"] == recipe], None
+    for row in rows:
+      points = [{"queries": 0.0, "seconds": 0.0, "reward_change": 0.0}, *row["curve"]]
+      for axis, key in zip(axes, ("queries", "seconds")):
+        line, = axis.plot([p[key] for p in points], [p["reward_change"] for p in points],
+                          color=colour, label=None if colour else recipe)
+        colour = line.get_color()
+    axes[2].errorbar([100 * r["diversity"] for r in rows],
+                     [r["change"]["reward"]["mean"] for r in rows],
+                     [r["change"]["reward"].get("sem", 0.0) for r in rows], fmt="o", color=colour)
+  for axis, label in zip(axes, ("reward queries and gradients", "seconds of training",
+                                "diversity, % of base")):
+    axis.set(xlabel=label, ylabel="change of the reward")
+    axis.axhline(0, color="0.8", zorder=0)
+  figure.suptitle(title)
+  figure.legend(loc="outside right upper")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}")
+  figure.savefig(partial, dpi=110)
+  pyplot.close(figure)
+  os.replace(partial, path)
+
+
+def page(records: list[dict], folder: pathlib.Path) -> str:
+  """The page's text; its pictures are written into `folder`."""
+  lines = ["# Results", "",
+           "Written by `python -m jaxalign.compare`; every number is read from the folders of runs "
+           "(`results.json`).", "",
+           "Reward and judge: paired change from the base model on held-out prompts, same noise. "
+           "`in std`: the reward's change in standard deviations of the base model's reward within "
+           "a prompt. Mean ± standard error over seeds. The two columns at the right read watched "
+           "prompts, at the queries and the time that the cheapest run of the table spent; empty "
+           "where a run logged no curve that far.", ""]
+  for number, task in enumerate(sorted({r["task"] for r in records}), 1):
+    rows = [r for r in records if r["task"] == task]
+    devices = ", ".join(sorted({r["device"] for r in rows}))
+    draw(rows, task, folder / f"task_{number}.png")
+    lines += [f"## {task}", "", *table(rows), "", f"Devices: {devices}.", "",
+              f"![curves]({folder.name}/task_{number}.png)", ""]
+  return "\n".join(lines)
+
+
+def main(argv) -> None:
+  del argv
+  output = pathlib.Path(_OUTPUT.value)
+  folder = output.with_suffix("")
+  kept = folder / "results.json"
+  records = json.loads(kept.read_text()) if kept.exists() else []
+  identity = lambda r: (r["recipe"], r["task"], r["seed"])
+  for run in _RUNS.value:
+    new = read_run(pathlib.Path(run))
+    records = [r for r in records if identity(r) != identity(new)] + [new]
+  if not records:
+    raise UserError(f"--runs is empty, and {kept} has no earlier ones")
+  records.sort(key=identity)
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / ".results.json"
+  partial.write_text(json.dumps(records, indent=1) + "\n")
+  os.replace(partial, kept)
+  output.write_text(page(records, folder))
+  print(output.read_text())
+
+
+if __name__ == "__main__":
+  sys.exit(run_command(main, _FLAGS, required=("output",)))
