@@ -5,7 +5,7 @@
       --config.reward.names="('my_reward.py:clip_score',)"
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, yes/no reward emoji_accept (default). Two CPU cores, about five
+  emoji    the embedded model, yes/no reward emoji_rank (default). Two CPU cores, about five
            minutes by the count of operations; not measured, nor is the reward at the end.
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
@@ -22,7 +22,9 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   scale = 16384 / 256        # clip ranges are per latent element; the presets' are for 64x64x4
   if size == "emoji":
-    config.reward.names = ("emoji_accept",)
+    config.reward.names = ("emoji_rank",)
+    config.data.prompts = "jaxalign:emoji_names_train"
+    config.data.eval_prompts = "jaxalign:emoji_names_heldout"
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.interval_stages = 8, 40
     config.method.clip_range *= scale

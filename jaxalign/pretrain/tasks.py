@@ -2,11 +2,12 @@
 
 `python -m jaxalign.pretrain.tasks --drawings=FILE [--model=DIR] [--output=DIR]` draws every name,
 keeps those with 20 to 60 % success, splits their backgrounds into training and held-out prompts,
-measures the held-out ones afresh and writes prompt files and the table `tasks.json`.
+measures the held-out ones afresh and writes prompt files, `tasks.json` and a page.
 """
 import argparse
 import json
 import pathlib
+import string
 import sys
 import zlib
 
@@ -74,7 +75,20 @@ def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> dict:
                     "prompts": {side: len(lines) for side, lines in prompts.items()},
                     "base_success": quality.share(right)}
   (folder / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
+  (folder / "README.md").write_text(page(table))
   return table
+
+
+def page(table: dict) -> str:
+  """README.md of the folder: the sets and the base model's success on their held-out prompts."""
+  percent = lambda f: f"{100 * f['mean']:.0f} % ({100 * f['low']:.0f} to {100 * f['high']:.0f})"
+  rows = "\n".join(
+      f"| `jaxalign:{label}_train`, `_heldout` | {row['prompts']['train']}, "
+      f"{row['prompts']['heldout']} | {row['methods']} | `{row['reward']}` | {row['success']} | "
+      f"{percent(row['base_success'])} |" for label, row in table.items())
+  template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
+  return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", samples=SAMPLES,
+                             rows=rows)
 
 
 def main(argv=None) -> None:

@@ -81,3 +81,4 @@ def test_task_sets_keep_names_with_headroom(monkeypatch, tmp_path):
     assert all(" whale " in prompt for prompt in train + heldout)
     assert not set(train) & set(heldout)
     assert table[label]["base_success"]["mean"] == 0.5
+    assert f"jaxalign:{label}_train" in (tmp_path / "README.md").read_text()
