@@ -10,6 +10,7 @@ import pathlib
 import string
 import sys
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,13 +26,26 @@ LOW, HIGH = 0.2, 0.6
 NAMES = 16                        # of a set, at most
 SAMPLES = 10                      # of a name, to choose by; of a held-out prompt, to report
 
-# Set -> kinds of method, caption of a name on a colour, continuous reward, yes/no reward, threshold
-SETS = {
-    "emoji_names": ("sparse rewards: DDPO, B2-DiffuRL, Diff-Instruct*", (None,),
-                    "emoji_clip", "emoji_rank"),
-    "emoji_styles": ("noise at inference: DNO, best-of-N", emoji.STYLES,
-                     "emoji_style", "emoji_style"),
-}
+
+
+class TaskSet(NamedTuple):
+  """Prompts for one kind of method; `styles` are those to choose names by, none if it is fixed."""
+  label: str
+  methods: str
+  reward: str
+  success: str
+  styles: tuple = ()
+
+
+SETS = (
+    TaskSet("emoji", "reward gradients: nabla-GFlowNet, ReFL, DRaFT, AlignProp", "emoji_clip",
+            "emoji_rank"),
+    TaskSet("emoji", "preferences: MaPO, Diffusion-DPO, SFT", "pairs", "emoji_twemoji"),
+    TaskSet("emoji_names", "sparse rewards and one step: DDPO, B2-DiffuRL, Diff-Instruct*",
+            "emoji_clip", "emoji_rank", (None,)),
+    TaskSet("emoji_styles", "noise at inference: DNO, best-of-N", "emoji_style", "emoji_style",
+            emoji.STYLES),
+)
 
 
 def successes(pipeline, captions: list[str], reward_name: str, seed: int, label: str) -> np.ndarray:
@@ -54,38 +68,39 @@ def choose(pipeline, names: list[str], styles, reward: str) -> list[tuple[str, s
   return sorted(kept, key=lambda entry: zlib.crc32(str(entry).encode()))[:NAMES]
 
 
-def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> dict:
+def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> list[dict]:
   """Writes the prompt files of all sets and `tasks.json`; returns what the table holds."""
   names = sorted(set(map(str, drawings.names)))
-  table = {}
-  for label, (methods, styles, continuous, sparse) in SETS.items():
-    chosen = choose(pipeline, names, styles, sparse)
-    if not chosen:
-      raise UserError(f"{label}: no name has a success between {LOW} and {HIGH}")
-    prompts = {"train": [], "heldout": []}
-    for name, style in chosen:
-      for colour in emoji.COLOURS:
-        side = "heldout" if colour in HELD_OUT_COLOURS else "train"
-        prompts[side].append(emoji.caption(name, colour, style))
-    for side, lines in prompts.items():
-      (folder / f"{label}_{side}.txt").write_text("\n".join(lines) + "\n")
+  table = []
+  for task in SETS:
+    files = {side: folder / f"{task.label}_{side}.txt" for side in ("train", "heldout")}
+    if task.styles:
+      chosen = choose(pipeline, names, task.styles, task.success)
+      if not chosen:
+        raise UserError(f"{task.label}: no name has a success between {LOW} and {HIGH}")
+      for side, file in files.items():
+        file.write_text("\n".join(
+            emoji.caption(name, colour, style) for name, style in chosen
+            for colour in emoji.COLOURS
+            if (colour in HELD_OUT_COLOURS) == (side == "heldout")) + "\n")
+    prompts = {side: file.read_text().splitlines() for side, file in files.items()}
     repeated = [prompt for prompt in prompts["heldout"] for _ in range(SAMPLES)]
-    right = successes(pipeline, repeated, sparse, 2, f"measuring {label}")
-    table[label] = {"methods": methods, "reward": continuous, "success": f"{sparse} above 0",
-                    "prompts": {side: len(lines) for side, lines in prompts.items()},
-                    "base_success": quality.share(right)}
+    right = successes(pipeline, repeated, task.success, 2, f"measuring {task.label}")
+    table.append({"set": task.label, "methods": task.methods, "reward": task.reward,
+                  "success": task.success, "base_success": quality.share(right),
+                  "prompts": {side: len(lines) for side, lines in prompts.items()}})
   (folder / "tasks.json").write_text(json.dumps(table, indent=2) + "\n")
   (folder / "README.md").write_text(page(table))
   return table
 
 
-def page(table: dict) -> str:
+def page(table: list[dict]) -> str:
   """README.md of the folder: the sets and the base model's success on their held-out prompts."""
   percent = lambda f: f"{100 * f['mean']:.0f} % ({100 * f['low']:.0f} to {100 * f['high']:.0f})"
   rows = "\n".join(
-      f"| `jaxalign:{label}_train`, `_heldout` | {row['prompts']['train']}, "
-      f"{row['prompts']['heldout']} | {row['methods']} | `{row['reward']}` | {row['success']} | "
-      f"{percent(row['base_success'])} |" for label, row in table.items())
+      f"| `jaxalign:{row['set']}_train`, `_heldout` | {row['prompts']['train']}, "
+      f"{row['prompts']['heldout']} | {row['methods']} | `{row['reward']}` | `{row['success']}` | "
+      f"{percent(row['base_success'])} |" for row in table)
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
   return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", samples=SAMPLES,
                              rows=rows)
