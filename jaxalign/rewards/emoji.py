@@ -211,7 +211,7 @@ def emoji_rank() -> Reward:
   Prompts read "a NAME on a COLOUR background", with or without a style.
   """
   clip = emoji_clip()
-  names = (ASSETS / "prompts" / "emoji_names.txt").read_text().split("\n")[:-1]
+  names = (ASSETS / "prompts" / "emoji_vocabulary.txt").read_text().split("\n")[:-1]
 
   def prepare(prompts):
     texts = []
