@@ -366,6 +366,22 @@ def check_seed(seed) -> None:
     raise UserError(f"config key seed={seed!r} is of type {type(seed).__name__}, not int")
 
 
+def load_recipe(name: str) -> ml_collections.ConfigDict:
+  """The ConfigDict of a recipe: `FILE.py[:ARG]`, or `jaxalign:NAME[:ARG]` for a shipped one.
+
+  Raises:
+    UserError: there is no such recipe.
+  """
+  file, _, arg = recipe_path(name).partition(".py:")
+  file = pathlib.Path(file if file.endswith(".py") else f"{file}.py")
+  if not file.is_file():
+    raise UserError(f"recipe {name}: no such file")
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*[arg] * bool(arg))
+
+
 def build_group(cls, group: str, values: dict):
   """`cls(**values)`, a config group from plain values; unknown and missing keys are UserErrors."""
   fields = typing.get_type_hints(cls)

@@ -5,13 +5,11 @@ Parses, validates and runs, nothing else. The same command again continues a run
 import pathlib
 import sys
 
-import jax
 from ml_collections import config_flags
 
-from jaxalign import configs_lib, sharding
+from jaxalign import configs_lib, train
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
-from jaxalign.methods import AT_INFERENCE
 
 _FLAGS = Flags()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -31,12 +29,7 @@ def main(argv) -> None:
     from jaxalign.train.dry_run import describe
     print(describe(cfg))
     return
-  from jaxalign.train import inference, loop
-  if cfg.mesh.data == -1 and cfg.mesh.fsdp == cfg.mesh.tensor == 1:
-    sharding.use_cores(cfg.check_devices)
-  jax.config.update("jax_threefry_partitionable", True)
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-"))
-  (inference if cfg.method_name in AT_INFERENCE else loop).run(cfg, workdir)
+  train.run(cfg, _workdir(cfg))
 
 
 def _pretrain(config) -> None:
@@ -45,9 +38,11 @@ def _pretrain(config) -> None:
   if _DRY_RUN.value:
     raise UserError("--dry_run: is for methods; a pretraining recipe has no policy to describe")
   cfg = parse(config)
-  sharding.use_cores(cfg.check_devices)
-  jax.config.update("jax_threefry_partitionable", True)
-  loop.run(cfg, pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-")))
+  loop.run(cfg, _workdir(cfg))
+
+
+def _workdir(cfg) -> pathlib.Path:
+  return pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / cfg.recipe.replace(":", "-"))
 
 
 if __name__ == "__main__":

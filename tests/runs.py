@@ -25,9 +25,7 @@ TRACES = collections.Counter()      # of the method's functions, in the run `fin
 
 def recipe(argument: str = "smoke", name: str = "nabla_gfn"):
   """The ConfigDict of `configs/NAME.py`."""
-  module = {"__name__": name}
-  exec(compile((ROOT / "configs" / f"{name}.py").read_text(), name, "exec"), module)
-  return module["get_config"](argument)
+  return configs_lib.load_recipe(f"{ROOT / 'configs' / name}.py:{argument}")
 
 
 def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> configs_lib.Config:

@@ -34,6 +34,9 @@ def run(cfg: PretrainConfig, path: pathlib.Path, devices=None) -> dict:
   Raises:
     UserError: the config or a file is at fault, or the loss is not finite; checkpoints stay.
   """
+  if devices is None:
+    sharding.use_cores(cfg.check_devices)
+  jax.config.update("jax_threefry_partitionable", True)
   with contextlib.ExitStack() as stack:      # closes files and finishes writing whatever happens
     return _run(cfg, path, devices, stack)
 

@@ -1,0 +1,23 @@
+"""Runs: the loop of the methods that train, and that of those that work at inference."""
+import pathlib
+
+import jax
+
+from jaxalign import sharding
+from jaxalign.configs_lib import Config
+from jaxalign.methods import AT_INFERENCE
+
+
+def run(cfg: Config, path, devices=None) -> dict:
+  """Runs, or continues, `cfg` in the folder `path`; returns the summary.
+
+  Raises:
+    UserError: the config, a file or a reward is at fault; checkpoints written before stay.
+  """
+  # Both import from this package.
+  from jaxalign.train import inference, loop
+  if devices is None and cfg.mesh.data == -1 and cfg.mesh.fsdp == cfg.mesh.tensor == 1:
+    sharding.use_cores(cfg.check_devices)
+  jax.config.update("jax_threefry_partitionable", True)
+  module = inference if cfg.method_name in AT_INFERENCE else loop
+  return module.run(cfg, pathlib.Path(path), devices)

@@ -1,5 +1,4 @@
 """Pretraining of the embedded world: tasks, loop, resume, figures."""
-import importlib.util
 import json
 import pathlib
 
@@ -11,6 +10,7 @@ import pytest
 
 from jaxalign import pretrain
 from jaxalign.checkpoint import Checkpointer
+from jaxalign.configs_lib import load_recipe
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
@@ -43,10 +43,7 @@ def folder(drawings, tmp_path_factory):
 
 
 def recipe(name: str, arg: str, folder):
-  spec = importlib.util.spec_from_file_location("recipe", ROOT / "configs" / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(arg)
+  config = load_recipe(f"{ROOT / 'configs' / name}.py:{arg}")
   config.data.drawings = str(folder / "emoji.npz")
   return config
 
