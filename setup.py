@@ -31,11 +31,12 @@ setuptools.setup(
         "tqdm>=4.66",                  # progress bars
     ],
     extras_require={
-        # curves of `jaxalign.compare` and of the notebooks
-        "plots": ["matplotlib>=3.8"],
+        # curves of `jaxalign.compare`, and what runs and shows the notebooks
+        "notebooks": ["ipykernel>=6", "matplotlib>=3.8"],
         # chex compares trees, xdist runs two files at a time; parity is tested against torch and
         # the last Flax pipelines
-        "test": ["chex>=0.1.90", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.6", "torch>=2.4",
+        "test": ["chex>=0.1.90", "ipython>=8", "matplotlib>=3.8", "pytest>=8",
+                 "pytest-xdist>=3.6", "torch>=2.4",
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "ruff>=0.12"],
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],
         "tpu": ["jax[tpu]"],

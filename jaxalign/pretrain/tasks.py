@@ -43,7 +43,7 @@ SETS = (
     TaskSet("emoji", "preferences: MaPO, Diffusion-DPO, SFT", "pairs", "emoji_twemoji"),
     TaskSet("emoji_names", "sparse rewards and one step: DDPO, B2-DiffuRL, Diff-Instruct*",
             "emoji_clip", "emoji_rank", (None,)),
-    TaskSet("emoji_styles", "noise at inference: DNO, best-of-N", "emoji_style", "emoji_style",
+    TaskSet("emoji_styles", "noise at inference: DNO, best-of-N", "emoji_style", "emoji_styled",
             emoji.STYLES),
 )
 

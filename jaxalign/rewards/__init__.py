@@ -103,6 +103,7 @@ REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
   "emoji_judge": _builtin("emoji", "emoji_judge"),
   "emoji_rank": _builtin("emoji", "emoji_rank"),
   "emoji_style": _builtin("emoji", "emoji_style"),
+  "emoji_styled": _builtin("emoji", "emoji_styled"),
   "emoji_twemoji": _builtin("emoji", "emoji_twemoji"),
 }
 

@@ -260,6 +260,14 @@ def emoji_style() -> Reward:
                              range="-2 to 2, difference of two cosines")
 
 
+def emoji_styled() -> Reward:
+  """1 if `emoji_style` is above 0, else 0: a sparse reward. No gradient."""
+  style = emoji_style()
+  score = lambda *args: (style.score(*args) > 0).astype(jnp.float32)
+  return dataclasses.replace(style, name="emoji_styled", score=score, range="0 or 1",
+                             differentiable=False)
+
+
 def emoji_twemoji() -> Reward:
   """1 if the judge's style head takes the image for Twemoji's rather than Noto's, else 0.
 

@@ -13,6 +13,7 @@ from jaxalign.rewards.emoji import (
   emoji_judge,
   emoji_rank,
   emoji_style,
+  emoji_styled,
   load_scorer,
 )
 
@@ -80,6 +81,9 @@ def test_style_is_a_difference_of_two_captions(images):
       clip.score(clip.params, images, clip.prepare([f"a cat on a red background {s} style"] * 3))
       for s in ("noto", "twemoji"))
   np.testing.assert_allclose(score, own - other, atol=1e-6)
+  styled = emoji_styled()
+  np.testing.assert_array_equal(
+      styled.score(styled.params, images, styled.prepare(prompts)), score > 0)
   with pytest.raises(UserError, match="end in a style"):
     style.prepare(["a cat on a red background"])
 
