@@ -4,7 +4,7 @@ import pathlib
 import jax
 
 from jaxalign import sharding
-from jaxalign.configs_lib import Config
+from jaxalign.configs_lib import Config, load_recipe, parse
 from jaxalign.methods import AT_INFERENCE
 
 
@@ -21,3 +21,18 @@ def run(cfg: Config, path, devices=None) -> dict:
   jax.config.update("jax_threefry_partitionable", True)
   module = inference if cfg.method_name in AT_INFERENCE else loop
   return module.run(cfg, pathlib.Path(path), devices)
+
+
+def run_recipe(name: str, path, seed: int = 0, **overrides) -> dict:
+  """Runs a recipe, or reads the summary of its finished run in the folder `path`.
+
+  Args:
+    name: as `configs_lib.load_recipe` takes it.
+    overrides: `group__key=value`, as `--config.group.key=value` of the command.
+  """
+  config = load_recipe(name)
+  config.seed = seed
+  for key, value in overrides.items():
+    group, _, key = key.partition("__")
+    config[group][key] = value
+  return run(parse(config), path)
