@@ -1,0 +1,44 @@
+"""The model card says what was measured, and nothing else."""
+import json
+
+import pytest
+
+from jaxalign.convert import load_pipeline
+from jaxalign.errors import UserError
+from jaxalign.pretrain import card
+from jaxalign.rewards.emoji import ASSETS
+
+MODEL = ASSETS / "emoji"
+
+
+def test_shipped_card_is_made_from_its_files():
+  result, training = (json.loads((MODEL / f"{name}.json").read_text())
+                      for name in ("quality", "training"))
+  assert card.card(result, training, load_pipeline(MODEL)) == (MODEL / "README.md").read_text()
+  assert result["images"] == 512 and set(training) == {"autoencoder", "model"}
+
+
+def test_shipped_model_is_what_it_promises():
+  figures = json.loads((MODEL / "quality.json").read_text())["model"]
+  for name, target in card.TARGETS.items():
+    assert figures[name]["low"] > target, name
+  sizes = [file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()]
+  assert sum(sizes) < 40e6
+
+
+def test_task_table_is_about_the_shipped_prompts():
+  folder = ASSETS / "prompts"
+  for row in json.loads((folder / "tasks.json").read_text()):
+    for side, count in row["prompts"].items():
+      prompts = (folder / f"{row['set']}_{side}.txt").read_text().splitlines()
+      assert len(prompts) == len(set(prompts)) == count
+    assert 0.2 <= row["base_success"]["mean"] <= 0.6
+
+
+def test_card_without_a_record_of_training_is_refused(tmp_path):
+  with pytest.raises(UserError, match="--runs"):
+    card.main(["--drawings=none.npz", f"--model={tmp_path}"])
+  with pytest.raises(UserError, match="not a finished run"):
+    card.training_of([tmp_path])
+
+
