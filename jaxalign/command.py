@@ -31,8 +31,13 @@ def run_command(main, flag_values: Flags, required: tuple[str, ...] = (),
     for name in flag_values:
       print(f"  --{name}: {flag_values[name].help} (default: {flag_values[name].default})")
     return 0
+  return exit_status(lambda: main(_parse(argv, flag_values, required)))
+
+
+def exit_status(main) -> int:
+  """Calls `main()`: 0 if it finished, 2 (one line on stderr) if the user can mend it, 130 if cut."""
   try:
-    main(_parse(argv, flag_values, required))
+    main()
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from jaxalign.command import exit_status
 from jaxalign.errors import UserError
 
 VERSION = "16.0.0"
@@ -156,8 +157,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(exit_status(main))

@@ -14,6 +14,7 @@ import sys
 import numpy as np
 from PIL import Image
 
+from jaxalign.command import exit_status
 from jaxalign.data.emoji import (
     COLOURS,
     CORE_CATEGORIES,
@@ -25,7 +26,6 @@ from jaxalign.data.emoji import (
     held_out,
     load,
 )
-from jaxalign.errors import UserError
 
 WINNER = "twemoji"
 PROMPTS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "prompts"
@@ -72,8 +72,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(exit_status(main))

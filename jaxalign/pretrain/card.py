@@ -14,6 +14,7 @@ import sys
 import numpy as np
 
 from jaxalign import viz
+from jaxalign.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
@@ -161,8 +162,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(exit_status(main))

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from jaxalign import metrics
+from jaxalign.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.pretrain import quality
@@ -132,8 +133,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    main()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(exit_status(main))
