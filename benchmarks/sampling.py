@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from jaxalign import sharding
 from jaxalign.convert import load_pipeline
 from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
@@ -35,7 +36,8 @@ def ours(path, prompts, steps):
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, steps, eta=0.0)
   eps_fn = guided_eps(pipeline.denoise, schedule, GUIDANCE)
-  params = jax.device_put(pipeline.params)
+  mesh = sharding.make_mesh(-1, 1, 1)
+  params = jax.device_put(pipeline.params, sharding.replicated(mesh))
 
   @jax.jit
   def draw(params, ids, uncond_ids, key):
@@ -44,7 +46,9 @@ def ours(path, prompts, steps):
     trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key,
                          jnp.arange(ids.shape[0]), pipeline.latent_shape)
     return decode_images(pipeline.vae, params["vae"], trajectory.final)
-  ids, uncond = pipeline.tokenizer(prompts), pipeline.tokenizer([""] * len(prompts))
+  ids, uncond = jax.device_put(
+      (pipeline.tokenizer(prompts), pipeline.tokenizer([""] * len(prompts))),
+      sharding.batch_sharding(mesh))
   return lambda i: np.asarray(draw(params, ids, uncond, jax.random.key(i)))
 
 
@@ -62,6 +66,7 @@ def theirs(path, prompts, steps):
 
 def main(argv):
   del argv
+  sharding.use_cores()                     # as the commands do; PyTorch takes all cores as well
   prompts = ["a cat face on a red background"] * _BATCH.value
   draws = {"jaxalign": ours(_CHECKPOINT.value, prompts, _STEPS.value),
            "PyTorch diffusers": theirs(_CHECKPOINT.value, prompts, _STEPS.value)}

@@ -35,7 +35,7 @@ def run_command(main, flag_values: Flags, required: tuple[str, ...] = (),
 
 
 def exit_status(main) -> int:
-  """Calls `main()`: 0 if it finished, 2 (one line on stderr) if the user can mend it, 130 if cut."""
+  """Calls `main()`: 0 if it finished, 2 and a line on stderr if the user can mend it, else 130."""
   try:
     main()
   except UserError as error:

@@ -31,6 +31,7 @@ _SEED = _FLAGS.define("integer", "seed", 0, "Of the noise.")
 
 def main(argv) -> None:
   del argv
+  sharding.use_cores()
   checkpoint, output = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
   prompts = read_prompts("--prompts", _PROMPTS.value)
   if not output.parent.is_dir():

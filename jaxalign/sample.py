@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxalign import rng, viz
+from jaxalign import rng, sharding, viz
 from jaxalign.command import Flags, run_command
 from jaxalign.configs_lib import SampleConfig
 from jaxalign.errors import UserError
@@ -41,12 +41,17 @@ _BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", low
 def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 0,
              negative_prompt: str = "", sample: SampleConfig | None = None,
              batch: int = 32) -> np.ndarray:
-  """Images `[P, n, H, W, 3]` uint8; image (p, i) depends on prompt, p * n + i and seed only."""
+  """Images `[P, n, H, W, 3]` uint8; image (p, i) depends on prompt, p * n + i and seed only.
+
+  A batch is spread over all devices.
+  """
   encode, draw = _programs(pipeline, sample or SampleConfig())
-  params = jax.device_put(pipeline.params)
-  key = rng.stream(jax.random.key(seed), rng.EVAL)
+  mesh = sharding.make_mesh(-1, 1, 1)
+  everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  params = jax.device_put(pipeline.params, everywhere)
+  key = jax.device_put(rng.stream(jax.random.key(seed), rng.EVAL), everywhere)
   total = len(prompts) * n
-  batch = min(batch, total)
+  batch = -(-min(batch, total) // mesh.size) * mesh.size
   uncond = encode(params["text_encoder"], pipeline.tokenizer([negative_prompt] * batch))
   images = []
   with tqdm(total=total, desc="sampling", unit="img") as bar:
@@ -54,7 +59,8 @@ def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 
       ids = np.arange(start, start + batch, dtype=np.int32)
       rows = [prompts[i] for i in np.minimum(ids, total - 1) // n]    # the last batch is filled up
       cond = encode(params["text_encoder"], pipeline.tokenizer(rows))
-      images.append(np.asarray(draw(params, Conditioning(cond, uncond), key, ids)))
+      inputs = jax.device_put((Conditioning(cond, uncond), ids), rows_apart)
+      images.append(np.asarray(draw(params, inputs[0], key, inputs[1])))
       bar.update(min(batch, total - start))
   images = np.concatenate(images)[:total]
   return images.reshape((len(prompts), n) + images.shape[1:])
@@ -78,6 +84,7 @@ def _programs(pipeline: Pipeline, sample: SampleConfig):
 
 def main(argv) -> None:
   del argv
+  sharding.use_cores()
   checkpoint = pathlib.Path(_CHECKPOINT.value)
   text = _PROMPTS.value
   is_file = text.startswith("jaxalign:") or os.path.isfile(text)    # a long prompt is no path

@@ -48,7 +48,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
   return Mesh(np.asarray(devices[:size]).reshape(data, fsdp, tensor), AXES)
 
 
-def use_cores(fits) -> None:
+def use_cores(fits=lambda count: None) -> None:
   """Makes a device of every core where the CPU is the only platform; XLA alone fills about one.
 
   To be called before anything runs on a device; does nothing after.

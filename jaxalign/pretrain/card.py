@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from jaxalign import viz
+from jaxalign import sharding, viz
 from jaxalign.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
@@ -144,6 +144,7 @@ def main(argv=None) -> None:
   parser.add_argument("--model", type=pathlib.Path, default=ASSETS / "emoji", help="its folder")
   parser.add_argument("--runs", help="two run folders, comma between: autoencoder and model")
   args = parser.parse_args(argv)
+  sharding.use_cores()
   kept = args.model / "training.json"
   if args.runs:
     kept.write_text(json.dumps(training_of([pathlib.Path(r) for r in args.runs.split(",")]),

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 from PIL import Image, ImageFilter
 
-from jaxalign import metrics
+from jaxalign import metrics, sharding
 from jaxalign.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
@@ -115,6 +115,7 @@ def main(argv=None) -> None:
   parser.add_argument("--model", default=str(ASSETS / "emoji"), help="diffusers directory")
   parser.add_argument("--prompts", default="jaxalign:emoji_train", help="captions")
   args = parser.parse_args(argv)
+  sharding.use_cores()
   if args.pairs < 1 or not 0 <= args.strength <= 1:
     raise UserError(f"--pairs={args.pairs} is below 1" if args.pairs < 1 else
                     f"--strength={args.strength} is outside [0, 1]")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxalign import sharding
 from jaxalign.data import emoji
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
@@ -41,7 +42,10 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
   sample = _program(pipeline.unet, pipeline.vae, tuple(
       (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))),
       guidance)
-  params = jax.device_put({name: pipeline.params[name] for name in ("unet", "vae")})
+  mesh = sharding.make_mesh(-1, 1, 1)
+  everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  params = jax.device_put({name: pipeline.params[name] for name in ("unet", "vae")}, everywhere)
+  key = jax.device_put(jax.random.key(seed), everywhere)
   encode = jax.jit(pipeline.encode_prompts)
   text = lambda prompts: encode(pipeline.params["text_encoder"], pipeline.tokenizer(prompts))
   empty = jax.tree.map(lambda a: jnp.repeat(a, _BATCH, 0), text([""]))
@@ -51,8 +55,8 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
       part = captions[i:i + _BATCH]
       cond = text(part + [""] * (_BATCH - len(part)))          # the last batch is filled up
       ids = jnp.arange(i, i + _BATCH, dtype=jnp.int32)
-      images.append(np.asarray(sample(
-          params, Conditioning(cond, empty), ids, jax.random.key(seed))))
+      conditioning, ids = jax.device_put((Conditioning(cond, empty), ids), rows_apart)
+      images.append(np.asarray(sample(params, conditioning, ids, key)))
       bar.update(len(part))
   return np.concatenate(images)[:len(captions)]
 

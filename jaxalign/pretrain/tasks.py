@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxalign import sharding
 from jaxalign.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
@@ -113,6 +114,7 @@ def main(argv=None) -> None:
   parser.add_argument("--model", default=str(ASSETS / "emoji"), help="diffusers directory")
   parser.add_argument("--output", type=pathlib.Path, default=ASSETS / "prompts", help="folder")
   args = parser.parse_args(argv)
+  sharding.use_cores()
   args.output.mkdir(parents=True, exist_ok=True)
   table = write(load_pipeline(args.model), emoji.load(args.drawings).of(emoji.CORE_CATEGORIES),
                 args.output)
