@@ -26,6 +26,8 @@ class ModelConfig:
   Attributes:
     path: diffusers directory or hub id; `jaxalign:emoji` is the embedded model, `jaxalign:fixture`
       a random-weight one for tests.
+    teacher: a second model of the same architecture, for methods that compare with one
+      (Diff-Instruct*); empty is the model itself.
     adapter: "lora", or "full" for all weights of the UNet.
     lora_rank, lora_targets: width of the adapter, and which layers have one: "attention", "ff",
       "conv".
@@ -33,6 +35,7 @@ class ModelConfig:
     remat: "none", or "block" to keep less activation memory in gradients.
   """
   path: str = "jaxalign:emoji"
+  teacher: str = ""
   adapter: Literal["lora", "full"] = "lora"
   lora_rank: Count = 16
   lora_targets: tuple[Literal["attention", "ff", "conv"], ...] = ("attention",)
@@ -90,14 +93,17 @@ class SampleConfig:
   Attributes:
     batch: trajectories per update, over all devices; pairs, for preference methods.
     steps: denoising steps T. guidance: classifier-free guidance scale, 1 is off.
-    kind: "ddim" or "ddpm". eta: ddim's noise in [0, 1]. variance: ddpm's, "small" or "large".
+    kind: "ddim", "ddpm", or "one_step" for one-step generators (steps 1, guidance 1). eta: ddim's
+      noise in [0, 1]. variance: ddpm's, "small" or "large". timestep: where a one-step generator is
+      told that its noise lies, 1 to 999; 0 takes the checkpoint's.
     spacing: "leading", "trailing", "linspace", or empty for the checkpoint's.
     final: "alpha0" (stochastic last step), "one", or empty for the checkpoint's.
   """
   batch: Count = 16
   steps: Count = 20
   guidance: NonNegative = 3.0
-  kind: Literal["ddim", "ddpm"] = "ddim"
+  kind: Literal["ddim", "ddpm", "one_step"] = "ddim"
+  timestep: Whole = 0
   eta: NonNegative = 1.0
   variance: Literal["small", "large"] = "small"
   spacing: Literal["", "leading", "trailing", "linspace"] = ""
@@ -105,6 +111,11 @@ class SampleConfig:
 
   def __post_init__(self):
     check("sample", self)
+    if self.kind == "one_step" and (self.steps != 1 or self.guidance != 1.0):
+      raise UserError(f"sample.kind='one_step' has sample.steps=1 and sample.guidance=1.0, not "
+                      f"{self.steps} and {self.guidance}")
+    if self.timestep and self.kind != "one_step":
+      raise UserError(f"sample.timestep={self.timestep} is for sample.kind='one_step'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxalign import configs_lib, rng, sharding
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
 from jaxalign.train.evaluation import Evaluator, compare, describe
-from jaxalign.train.experiment import build, open_pipeline, read_prompts
+from jaxalign.train.experiment import build, open_pipeline, own_sampler, read_prompts
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
@@ -39,7 +39,9 @@ def main(argv) -> None:
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   tuned = load_tuned(checkpoint)
   base_path = _BASE.value or (cfg.model.path if cfg else None)
-  cfg = cfg or configs_lib.parse(configs_lib.default("nabla_gfn"))
+  if cfg is None:
+    cfg = dataclasses.replace(configs_lib.parse(configs_lib.default("nabla_gfn")),
+                              sample=own_sampler(tuned))
   reward = cfg.reward
   if _REWARD.value:
     reward = configs_lib.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))

@@ -22,7 +22,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
-from jaxalign.train.experiment import read_prompts
+from jaxalign.train.experiment import own_sampler, read_prompts
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
@@ -71,7 +71,8 @@ def _programs(pipeline: Pipeline, sample: SampleConfig):
   """`encode(text encoder, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, sample.steps, kind=sample.kind, eta=sample.eta,
-                         spacing=sample.spacing, final=sample.final, variance=sample.variance)
+                         spacing=sample.spacing, final=sample.final, variance=sample.variance,
+                         timestep=sample.timestep)
   eps_fn = guided_eps(pipeline.denoise, schedule, sample.guidance)
 
   def draw(params, conditioning, key, ids):
@@ -93,9 +94,9 @@ def main(argv) -> None:
   prompts = read_prompts("--prompts", text) if is_file else [text]
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value}
-  base = (cfg.sample if cfg else SampleConfig()).__dict__
-  sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})
   pipeline = load_tuned(checkpoint)
+  base = (cfg.sample if cfg else own_sampler(pipeline)).__dict__
+  sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})
   _programs(pipeline, sample)       # checks the sampler before a folder is made
   output = pathlib.Path(_OUTPUT.value)
   try:

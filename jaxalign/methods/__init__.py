@@ -18,6 +18,7 @@ METHODS = {
     "b2_diffurl": "jaxalign.methods.b2_diffurl",
     "best_of_n": "jaxalign.methods.best_of_n",
     "ddpo": "jaxalign.methods.policy_gradient",
+    "diff_instruct_star": "jaxalign.methods.diff_instruct_star",
     "diffusion_dpo": "jaxalign.methods.preference:diffusion_dpo",
     "dno": "jaxalign.methods.dno",
     "draft": "jaxalign.methods.reward_gradient:draft",

@@ -12,9 +12,10 @@ import numpy as np
 from jaxalign.errors import UserError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-KINDS = ("ddim", "ddpm")
+KINDS = ("ddim", "ddpm", "one_step")
 SPACINGS = ("leading", "trailing", "linspace")
 FINALS = ("alpha0", "one")
+ONE_STEP_KEY = "one_step_timestep"     # in scheduler_config.json, of one-step generators
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,12 +26,15 @@ class Schedule:
     alphas_cumprod: `[T_train]` f64, decreasing, in (0, 1).
     prediction: "epsilon", "sample" (x_0) or "v_prediction".
     steps_offset, spacing, final: the checkpoint's own sampling conventions, see `make_sampler`.
+    one_step: training timestep at which a one-step generator is told that its input, noise of unit
+      variance, lies; None for multi-step models.
   """
   alphas_cumprod: np.ndarray
   prediction: str = "epsilon"
   steps_offset: int = 1
   spacing: str = "leading"
   final: str = "alpha0"
+  one_step: int | None = None
 
   @classmethod
   def from_config(cls, config: dict) -> "Schedule":
@@ -57,7 +61,8 @@ class Schedule:
                       f"{PREDICTIONS}")
     return cls(np.cumprod(1 - betas), prediction, int(config.get("steps_offset", 0)),
                config.get("timestep_spacing", "leading"),
-               "one" if config.get("set_alpha_to_one", True) else "alpha0")
+               "one" if config.get("set_alpha_to_one", True) else "alpha0",
+               config.get(ONE_STEP_KEY))
 
   def abar(self, t):
     """`alpha_bar_t` f32 for integer timesteps `t` of any shape."""
@@ -150,25 +155,33 @@ def gaussian_log_prob(z, axes):
 
 
 def make_sampler(schedule: Schedule, steps: int, *, kind: str = "ddim", eta: float = 1.0,
-                 spacing: str = "", final: str = "", variance: str = "small") -> Sampler:
+                 spacing: str = "", final: str = "", variance: str = "small",
+                 timestep: int = 0) -> Sampler:
   """Builds the transition table.
 
   Args:
     steps: number of transitions T, 1..T_train.
-    kind: "ddim" (variance scaled by `eta`) or "ddpm" (ancestral; equals ddim with eta 1 but for
-      `variance`).
+    kind: "ddim" (variance scaled by `eta`), "ddpm" (ancestral; equals ddim with eta 1 but for
+      `variance`) or "one_step" (one evaluation gives the output; only `timestep` matters).
     eta: in [0, 1]; 0 is deterministic, 1 has the ancestral variance. Ignored by "ddpm".
     spacing: "leading", "trailing" or "linspace"; empty takes the checkpoint's.
     final: what `alpha_bar` the output has: "alpha0" (the schedule's smallest noise, so that the
       last transition is stochastic and has a score) or "one" (clean, deterministic last
       transition); empty takes the checkpoint's.
     variance: for "ddpm": "small" (posterior variance) or "large" (beta).
+    timestep: for "one_step": where the network is told that the noise lies; 0 takes the
+      checkpoint's.
   Raises:
     UserError: unknown name or a number out of range, naming the `sample.*` key.
   Reference: Song et al. 2021 (DDIM), equations 12 and 16; Ho et al. 2020 (DDPM), equation 7.
   """
-  spacing, final = spacing or schedule.spacing, final or schedule.final
   total = len(schedule.alphas_cumprod)
+  if kind == "one_step":
+    return _one_step(schedule, steps, timestep)
+  if schedule.one_step is not None:
+    raise UserError(f"sample.kind={kind!r}: this checkpoint is a one-step generator, for which "
+                    "sample.kind is 'one_step'")
+  spacing, final = spacing or schedule.spacing, final or schedule.final
   for key, value, choices in (("kind", kind, KINDS), ("spacing", spacing, SPACINGS),
                               ("final", final, FINALS), ("variance", variance, ("small", "large"))):
     if value not in choices:
@@ -199,6 +212,20 @@ def make_sampler(schedule: Schedule, steps: int, *, kind: str = "ddim", eta: flo
   lam = np.divide(eps_coef, var, out=np.full(steps, np.inf), where=var > 0)
   return Sampler(timesteps, np.append(timesteps[1:], 0).astype(np.int32), abar, abar_next,
                  x_coef, eps_coef, np.sqrt(var), lam)
+
+
+def _one_step(schedule: Schedule, steps: int, timestep: int) -> Sampler:
+  """`x_1 = (z - sqrt(1 - abar) eps(z, t)) / sqrt(abar)` from noise z of unit variance."""
+  total, timestep = len(schedule.alphas_cumprod), timestep or schedule.one_step or 0
+  if not 0 < timestep < total:
+    raise UserError(f"sample.timestep={timestep} is outside 1..{total - 1}, and the checkpoint "
+                    "names none for sample.kind='one_step'")
+  if steps != 1:
+    raise UserError(f"sample.steps={steps} is 1 for sample.kind='one_step'")
+  one = lambda value: np.asarray([value], np.float64)
+  abar = schedule.alphas_cumprod[timestep]
+  return Sampler(np.asarray([timestep], np.int32), np.zeros(1, np.int32), one(abar), one(1.0),
+                 one(abar ** -0.5), one(np.sqrt((1 - abar) / abar)), one(0.0), one(np.inf))
 
 
 def expand(values, like):

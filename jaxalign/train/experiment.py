@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign import sharding
-from jaxalign.configs_lib import Config
+from jaxalign.configs_lib import Config, SampleConfig
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
@@ -21,7 +21,7 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import decode_images
 from jaxalign.rewards import HostReward, Reward, make_reward
-from jaxalign.sampling import Conditioning, Schedule, make_sampler
+from jaxalign.sampling import ONE_STEP_KEY, Conditioning, Schedule, make_sampler
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
@@ -81,6 +81,8 @@ def build(cfg: Config, devices=None) -> Experiment:
   if getattr(judge, "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
   pipeline = open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat)
+  if cfg.sample.timestep:                       # kept with the weights that are trained for it
+    pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
   models = make_models(cfg, pipeline, reward)
   frozen = jax.device_put(models.frozen, sharding.param_shardings(models.frozen, mesh))
   text = jax.device_put(pipeline.params["text_encoder"], sharding.replicated(mesh))
@@ -108,12 +110,19 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none") -> Pip
   return load_pipeline(path, dtype=dtype, remat=remat)
 
 
+def own_sampler(pipeline: Pipeline) -> SampleConfig:
+  """How a checkpoint is sampled where no run says so: one step for a one-step generator."""
+  if Schedule.from_config(pipeline.scheduler_config).one_step is None:
+    return SampleConfig()
+  return SampleConfig(kind="one_step", steps=1, guidance=1.0)
+
+
 def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) -> Models:
   """The seam between this pipeline and the methods."""
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, cfg.sample.steps, kind=cfg.sample.kind, eta=cfg.sample.eta,
                          spacing=cfg.sample.spacing, final=cfg.sample.final,
-                         variance=cfg.sample.variance)
+                         variance=cfg.sample.variance, timestep=cfg.sample.timestep)
   if cfg.model.adapter == "lora":
     def init_policy(key, base):
       return lora.init(key, base, cfg.model.lora_rank, cfg.model.lora_targets)
@@ -126,6 +135,10 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) ->
 
     def combine(policy, base):
       return {"params": base if policy is None else policy}
+  frozen = {"base": pipeline.params["unet"], "decoder": pipeline.params["vae"],
+            "reward": reward.params if isinstance(reward, Reward) else {}}
+  if cfg.model.teacher:
+    frozen["teacher"] = _teacher(cfg.model.teacher, pipeline)
   differentiable = isinstance(reward, Reward) and reward.differentiable
   return Models(
       denoise=pipeline.denoise, schedule=schedule, sampler=sampler, guidance=cfg.sample.guidance,
@@ -133,8 +146,19 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) ->
       decode=functools.partial(decode_images, pipeline.vae),
       decode_unclamped=functools.partial(decode_images, pipeline.vae, clamp=False),
       score=reward.score if differentiable else None, flow=make_flow_net(pipeline),
-      frozen={"base": pipeline.params["unet"], "decoder": pipeline.params["vae"],
-              "reward": reward.params if isinstance(reward, Reward) else {}})
+      frozen=frozen)
+
+
+def _teacher(path: str, pipeline: Pipeline):
+  """UNet parameters of another model with the same architecture and text encoder."""
+  other = open_pipeline(path)
+  shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+  if shapes(other.params["unet"]) != shapes(pipeline.params["unet"]):
+    raise UserError(f"model.teacher={path}: its UNet has another architecture than model.path")
+  same = jax.tree.map(np.array_equal, *(p.params["text_encoder"] for p in (other, pipeline)))
+  if not all(jax.tree.leaves(same)):
+    raise UserError(f"model.teacher={path}: its text encoder differs from that of model.path")
+  return other.params["unet"]
 
 
 def make_flow_net(pipeline: Pipeline) -> FlowNet:

@@ -1,0 +1,17 @@
+"""Diff-Instruct++: Diff-Instruct* with the KL divergence, its rival.
+
+  python -m jaxalign.launch --config=configs/diff_instruct_pp.py
+
+Arguments after a colon: emoji (default), smoke, sdxl, as in configs/diff_instruct_star.py.
+"""
+import pathlib
+
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  arg, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sdxl"))
+  star = pathlib.Path(__file__).with_name("diff_instruct_star.py")
+  config = configs_lib.load_recipe(f"{star}:{arg},diff_instruct_pp")
+  config.recipe = f"diff_instruct_pp:{arg}"
+  return config

@@ -1,0 +1,47 @@
+"""Diff-Instruct*: a reward for a one-step generator, held by a divergence of scores.
+
+  python -m jaxalign.launch --config=configs/distill_emoji_onestep.py      # the generator, once
+  python -m jaxalign.launch --config=configs/diff_instruct_star.py
+
+Arguments after a colon, joined by commas:
+  emoji    the generator that was distilled from the embedded model, reward emoji_clip (default);
+           not measured
+  smoke    random-weight fixture, three updates, for tests
+  sdxl     a one-step SDXL generator (DMD2), told timestep 399, with SDXL as teacher; the published
+           scale of guidance. Learning rates, batch and kappa were not published: those here are
+           first guesses, not measured
+  exact    the full gradient; sim: no reward; diff_instruct_pp: KL in place of pseudo-Huber
+"""
+from jaxalign import configs_lib
+from jaxalign.methods.diff_instruct_star import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sdxl"), PRESETS)
+  config = configs_lib.default("diff_instruct_star", "diff_instruct_star:" + (arg or "emoji"))
+  if size == "smoke":
+    configs_lib.make_smoke(config)
+    config.sample.timestep = 625
+    config.method.assistant_steps = 2
+  config.sample.kind, config.sample.steps, config.sample.guidance = "one_step", 1, 1.0
+  config.eval.path_kl = False
+  if size == "emoji":
+    config.model.path = "runs/distill_emoji_onestep-emoji/export"
+    config.model.teacher, config.model.adapter = "jaxalign:emoji", "full"
+    config.sample.batch = 32
+    config.method.warmup, config.method.assistant_lr = 10, 3e-4
+    config.optim.lr, config.optim.warmup = 1e-4, 5
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 20, 20
+  elif size == "sdxl":
+    config.model.path = config.model.teacher = ""        # --config.model.path=DIR, .teacher=DIR
+    config.model.dtype, config.model.remat, config.model.lora_rank = "bfloat16", "block", 64
+    config.sample.timestep, config.sample.batch = 399, 64
+    config.method.guidance, config.method.warmup = 7.5, 200
+    config.method.assistant_lr = 1e-4
+    config.optim.lr = 1e-5
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 5000, 250, 250
+    config.train.patience = 0                   # the judge knows emoji only
+    config.eval.batch = 16
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+  return config

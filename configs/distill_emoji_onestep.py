@@ -1,0 +1,27 @@
+"""Distils the embedded model into a one-step generator: Diff-Instruct* without a reward (SIM).
+
+  python -m jaxalign.launch --config=configs/distill_emoji_onestep.py
+
+Its export is what configs/diff_instruct_star.py starts from. Argument after a colon: emoji
+(default; not measured), or smoke: random-weight fixture, three updates.
+"""
+from jaxalign import configs_lib
+
+
+def get_config(arg="emoji"):
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke"))
+  config = configs_lib.default("diff_instruct_star", "distill_emoji_onestep:" + size)
+  if size == "smoke":
+    configs_lib.make_smoke(config)
+  else:
+    config.model.adapter = "full"
+    config.data.prompts = "jaxalign:emoji_captions"
+    config.sample.batch = 64
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 1500, 100, 250
+    config.train.patience = 0                   # a generator begins far below its teacher
+    config.method.assistant_steps, config.method.assistant_lr = 1, 2e-4
+    config.optim.lr, config.optim.warmup, config.optim.ema = 2e-4, 20, 0.99
+  config.sample.kind, config.sample.steps, config.sample.guidance = "one_step", 1, 1.0
+  config.sample.timestep = 625
+  config.method.reward, config.eval.path_kl = 0.0, False
+  return config

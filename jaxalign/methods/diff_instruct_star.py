@@ -1,0 +1,304 @@
+"""Diff-Instruct*: rewards for one-step generators, held by a divergence of scores.
+
+A generator x_0 = g(z, c) draws in one evaluation. Three networks live: the generator, an assistant
+that learns the generator's own scores, and the teacher, the frozen multi-step model.
+
+  repeat K times:                                                                     (assistant)
+    x_0 = sg[g(z, c)];  x_t = a x_0 + s e
+    psi <- Adam on |eps_psi(x_t, t, c) - e|^2
+  x_0 = g(z, c);  x_t = a x_0 + s e                                                   (generator)
+  y = eps_ref(x_t) - eps_psi(x_t);  r = e - eps_psi(x_t)          guided teacher; scores, times s
+  L = w(t) [-d'(y) . r + (full: d(y))] - alpha R(decode(x_0), c)
+  theta <- Adam on L, through x_t into both networks' inputs, never into their weights
+
+  d(y) = |y|^2 (l2), sqrt(|y|^2 + kappa^2) - kappa (pseudo_huber);  kl: L = w(t) sg[y] . x_t
+
+`detached` is the paper's gradient; `full` adds the term by which the law of x_t moves with theta,
+and is the one whose optimum with a reward is the tilted distribution. Without a reward the same
+code distils a multi-step model into one step; with `kl` it is Diff-Instruct++.
+
+Luo et al. 2024 (Diff-Instruct*, arXiv 2410.20898; Diff-Instruct++, 2410.18881; SIM, 2410.16794).
+Implemented from the equations; no training code was published.
+"""
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxalign import rng
+from jaxalign.errors import UserError
+from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
+from jaxalign.methods import Method, Models
+from jaxalign.methods.optimizer import OptimConfig, ema_update, make_optimizer
+from jaxalign.sampling import guided, rollout
+from jaxalign.sampling.schedule import expand
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Keys of the `method` group.
+
+  Attributes:
+    divergence: "pseudo_huber", "l2" or "kl".
+    kappa: > 0, of pseudo_huber, in the unit of y per root of the latent's size.
+    gradient: "detached" or "full"; of no effect on kl.
+    space: unit of y: "eps", "score" (eps / s) or "x0" (eps s / a).
+    weight: w(t): "constant", or "half_dsigma2": with space "score", gradient "full" and l2 the
+      divergence is then the KL of clean samples.
+    guidance: scale of the teacher, 1 is off. guidance_in: whether it is inside y (else its
+      difference is a term of its own).
+    reward: alpha >= 0; 0 distils. ratio: alpha is not raw but the wanted ratio of the norms of
+      both terms' gradients in x_0.
+    assistant_steps: K. assistant_lr: learning rate of the assistant, otherwise as `optim`.
+    warmup: updates at the beginning that train the assistant only.
+    t_min, t_max: training timesteps of x_t, uniform in [t_min, t_max].
+    ratio_decay: of the moving average of these norms.
+  """
+  divergence: Literal["pseudo_huber", "l2", "kl"] = "pseudo_huber"
+  kappa: NonNegative = 0.1
+  gradient: Literal["detached", "full"] = "detached"
+  space: Literal["eps", "score", "x0"] = "eps"
+  weight: Literal["constant", "half_dsigma2"] = "constant"
+  guidance: NonNegative = 3.0
+  guidance_in: bool = True
+  reward: NonNegative = 1.0
+  ratio: bool = True
+  assistant_steps: Count = 5
+  assistant_lr: NonNegative = 1e-3
+  warmup: Whole = 0
+  t_min: Whole = 20
+  t_max: Whole = 979
+  ratio_decay: Fraction = 0.9
+
+  def __post_init__(self):
+    check("method", self)
+    if self.kappa == 0:
+      raise UserError("method.kappa=0.0 has no gradient where scores agree; it is above 0")
+    if self.t_min > self.t_max:
+      raise UserError(f"method.t_min={self.t_min} is above method.t_max={self.t_max}")
+
+
+# Named forms, arguments of the recipe.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": dict(gradient="full"),
+    "sim": dict(reward=0.0),
+    "diff_instruct_pp": dict(divergence="kl"),
+}
+
+
+class Point(NamedTuple):
+  """Where scores are compared.
+
+  Attributes:
+    noise: e, `[B, ...]`. a, s: `x_t = a x_0 + s e`, `[B]`. weight: w(t), `[B]`.
+  """
+  noise: Any
+  a: Any
+  s: Any
+  weight: Any
+
+
+def unit(space: str, point: Point):
+  """What a difference of noise estimates is multiplied by to be one in `space`, `[B]`."""
+  return {"eps": jnp.ones_like(point.s), "score": 1 / point.s, "x0": point.s / point.a}[space]
+
+
+def _dot(a, b):
+  return (a * b).sum(tuple(range(1, a.ndim)))
+
+
+def pseudo_loss(cfg: Config, x_0, point: Point, assistant, reference):
+  """Per-sample loss `[B]`: its gradient in `x_0` is the divergence's, its value means little.
+
+  Args:
+    x_0: `[B, ...]` generated.
+    assistant: `(x_t) -> eps [B, ...]`. reference: `(x_t) -> (cond, uncond, combined)` noise
+      estimates of the teacher, `Guided`. Both are functions of x_t with constant weights.
+  Returns:
+    `[B]`; the divergence `d(y)` `[B]`, and `|y|^2` per element `[B]`, without gradients.
+  Reference: the score-projection identity, arXiv 2410.16794, and equation 1.5 of its full form.
+  """
+  x_t = expand(point.a, x_0) * x_0 + expand(point.s, x_0) * point.noise
+  scale = expand(unit(cfg.space, point), x_0)
+  eps, ref = assistant(x_t), reference(x_t)
+  inside = ref.combined if cfg.guidance_in else ref.cond
+  y, residual = scale * (inside - eps), scale * (point.noise - eps)
+  square = _dot(y, y)
+  if cfg.divergence == "kl":
+    loss, distance = _dot(jax.lax.stop_gradient(y), x_t), square
+  elif cfg.divergence == "l2":
+    loss, distance = -2 * _dot(y, residual), square
+  else:
+    kappa = cfg.kappa * np.sqrt(x_0[0].size)
+    root = jnp.sqrt(square + kappa ** 2)
+    loss, distance = -_dot(y, residual) / root, root - kappa
+  if cfg.gradient == "full" and cfg.divergence != "kl":
+    loss = loss + distance
+  if not cfg.guidance_in and ref.uncond is not None:
+    pull = jax.lax.stop_gradient(scale * (ref.uncond - ref.cond))      # score difference, outside
+    loss = loss - (cfg.guidance - 1) * _dot(pull, x_t)
+  return point.weight * loss, jax.lax.stop_gradient((distance, square / x_0[0].size))
+
+
+def time_weights(cfg: Config, alphas_cumprod: np.ndarray) -> np.ndarray:
+  """w(t) for every training timestep, f64.
+
+  "half_dsigma2" turns the mean over uniform t into `1/2 int d(sigma^2)` over variance-exploding
+  levels `sigma = s / a`, whose scores are `a` times those of x_t.
+  """
+  if cfg.weight == "constant":
+    return np.ones_like(alphas_cumprod)
+  sigma2 = (1 - alphas_cumprod) / alphas_cumprod
+  return 0.5 * alphas_cumprod * np.gradient(sigma2) * (cfg.t_max - cfg.t_min + 1)
+
+
+def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
+  """Diff-Instruct* as a Method.
+
+  Raises:
+    UserError: a sampler of several steps, a black-box reward, or timesteps beyond the schedule.
+  """
+  schedule, sampler = models.schedule, models.sampler
+  if sampler.steps != 1:
+    raise UserError("method.name: diff_instruct_star trains one-step generators; sample.kind is "
+                    "'one_step' for them")
+  if cfg.reward and models.score is None:
+    raise UserError("method.name: diff_instruct_star needs reward gradients, and reward.names "
+                    "holds a black-box reward; choose differentiable rewards")
+  if cfg.t_max >= len(schedule.alphas_cumprod):
+    raise UserError(f"method.t_max={cfg.t_max} is outside the {len(schedule.alphas_cumprod)} steps "
+                    "of the schedule")
+  if optim.accumulate != 1:
+    raise UserError("optim.accumulate is 1 for diff_instruct_star, which takes no micro-batches")
+  weights = jnp.asarray(time_weights(cfg, schedule.alphas_cumprod), jnp.float32)
+  optimizer = make_optimizer(optim)
+  assistant_optimizer = make_optimizer(dataclasses.replace(
+      optim, lr=cfg.assistant_lr, decay_steps=optim.decay_steps * cfg.assistant_steps))
+  plain, teacher = guided(models.denoise, 1.0), guided(models.denoise, cfg.guidance)
+  teacher_of = lambda frozen: frozen.get("teacher", frozen["base"])
+
+  def generate(policy, frozen, z, conditioning):
+    variables = models.combine(policy, frozen["base"])
+    t = sampler.at("timesteps", 0)
+    prediction = models.denoise(variables, z, t, conditioning.cond).astype(jnp.float32)
+    return sampler.mean(0, z, schedule.to_eps(prediction, z, t))
+
+  def draw(key, ids):
+    """Timesteps, noise and weights of a batch, per sample."""
+    keys = rng.per_sample(key, ids)
+    t = jax.vmap(lambda k: jax.random.randint(
+        jax.random.fold_in(k, 1), (), cfg.t_min, cfg.t_max + 1))(keys)
+    abar = schedule.abar(t)
+    return t, Point(rng.normal_per_sample(keys, models.latent_shape, 2), jnp.sqrt(abar),
+                    jnp.sqrt(1 - abar), weights[t])
+
+  def init(key, frozen, batch):
+    k_policy, k_assistant = jax.random.split(key)
+    policy = models.init_policy(k_policy, frozen["base"])
+    assistant = models.init_policy(k_assistant, teacher_of(frozen))
+    state = {"policy": policy, "optimizer": optimizer.init(policy), "assistant": assistant,
+             "assistant_optimizer": assistant_optimizer.init(assistant),
+             "updates": jnp.asarray(0, jnp.int32), "norms": jnp.zeros(2)}
+    if optim.ema:
+      state["ema"] = jax.tree.map(jnp.copy, policy)
+    return state
+
+  def collect(state, frozen, batch, key):
+    eps = lambda params, x, t, conditioning: schedule.to_eps(
+        plain(params, x, t, conditioning).combined.astype(jnp.float32), x, t)
+    trajectory = rollout(eps, models.combine(state["policy"], frozen["base"]), sampler,
+                         batch["conditioning"], key, batch["sample_ids"], models.latent_shape)
+    return {"final": trajectory.final, "z": trajectory.latents[0], "batch": batch}
+
+  def train_assistant(state, frozen, batch, key):
+    """One step of the assistant on fresh samples of the generator."""
+    ids, conditioning = batch["sample_ids"], batch["conditioning"]
+    z = rng.normal_per_sample(rng.per_sample(key, ids), models.latent_shape, 0)
+    x_0 = jax.lax.stop_gradient(generate(state["policy"], frozen, z, conditioning))
+    t, point = draw(key, ids)
+    x_t = schedule.add_noise(x_0, point.noise, t)
+
+    def loss(assistant):
+      variables = models.combine(assistant, teacher_of(frozen))
+      prediction = models.denoise(variables, x_t, t, conditioning.cond).astype(jnp.float32)
+      return jnp.square(prediction - schedule.from_eps(point.noise, x_t, t)).mean()
+    value, gradient = jax.value_and_grad(loss)(state["assistant"])
+    updates, opt = assistant_optimizer.update(
+        gradient, state["assistant_optimizer"], state["assistant"])
+    return dict(state, assistant=optax.apply_updates(state["assistant"], updates),
+                assistant_optimizer=opt), value
+
+  def cotangents(state, frozen, x_0, batch, key):
+    """Gradients in x_0 of divergence and of minus the reward, and metrics."""
+    conditioning = batch["conditioning"]
+    t, point = draw(key, batch["sample_ids"])
+    eps_of = lambda prediction, x_t: schedule.to_eps(prediction.astype(jnp.float32), x_t, t)
+    own = models.combine(state["assistant"], teacher_of(frozen))
+    base = models.combine(None, teacher_of(frozen))
+    assistant = lambda x_t: eps_of(plain(own, x_t, t, conditioning).combined, x_t)
+    reference = lambda x_t: jax.tree.map(
+        lambda prediction: eps_of(prediction, x_t), teacher(base, x_t, t, conditioning))
+
+    def divergence(x_0):
+      loss, logs = pseudo_loss(cfg, x_0, point, assistant, reference)
+      return loss.mean(), logs
+    to_data, (distance, gap) = jax.grad(divergence, has_aux=True)(x_0)
+    metrics = {"train/divergence": distance.mean(), "train/score_gap": gap.mean()}
+    if not cfg.reward:
+      return to_data, jnp.zeros_like(to_data), metrics
+
+    def cost(x_0):
+      images = models.decode(frozen["decoder"], x_0)
+      score = models.score(frozen["reward"], images, batch["prepared"])
+      return -score.mean(), score.mean()
+    to_reward, score = jax.grad(cost, has_aux=True)(x_0)
+    return to_data, to_reward, {**metrics, "train/reward_scored": score}
+
+  def update(state, frozen, experience, rewards, key):
+    batch, k_assistant, k_generator = experience["batch"], *jax.random.split(key)
+
+    def body(state, k):
+      return train_assistant(state, frozen, batch, jax.random.fold_in(k_assistant, k))
+    state, errors = jax.lax.scan(body, state, jnp.arange(cfg.assistant_steps))
+
+    x_0, pull_back = jax.vjp(
+        lambda policy: generate(policy, frozen, experience["z"], batch["conditioning"]),
+        state["policy"])
+    to_data, to_reward, metrics = cotangents(state, frozen, x_0, batch, k_generator)
+    # Norms are averaged over updates: a batch's own would let its noise set the reward's weight.
+    now = jnp.stack([optax.tree.norm(to_data), optax.tree.norm(to_reward)])
+    n = state["updates"]
+    norms = jnp.where(n == 0, now, cfg.ratio_decay * state["norms"] + (1 - cfg.ratio_decay) * now)
+    alpha = cfg.reward * (norms[0] / jnp.maximum(norms[1], 1e-12) if cfg.ratio else 1.0)
+    gradient, = pull_back(to_data + alpha * to_reward)
+    active = (n >= cfg.warmup).astype(jnp.float32)
+    updates, opt = optimizer.update(gradient, state["optimizer"], state["policy"])
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(active > 0, a, b), new, old)
+    policy = keep(optax.apply_updates(state["policy"], updates), state["policy"])
+    state = dict(state, policy=policy, optimizer=keep(opt, state["optimizer"]), norms=norms,
+                 updates=n + 1)
+    if optim.ema:
+      state["ema"] = ema_update(state["ema"], policy, optim.ema, state["updates"])
+    return state, {
+        "loss/assistant": errors.mean(), "train/grad_norm": optax.tree.norm(gradient),
+        "train/alpha": alpha, "train/cotangent_ratio": alpha * now[1] / jnp.maximum(now[0], 1e-12),
+        "train/x0_std": x_0.std(), **metrics}
+
+  def product(state):
+    return state["ema"] if optim.ema else state["policy"]
+
+  return Method(init=init, collect=collect, update=update, product=product,
+                cost=lambda batch: cost(cfg, batch))
+
+
+def cost(cfg: Config, batch: int) -> dict[str, int]:
+  """Evaluations per update of one sample and one guidance branch."""
+  branches = 1 if cfg.guidance == 1.0 else 2
+  kl, rewarded = cfg.divergence == "kl", int(cfg.reward > 0)
+  return {"denoiser_forward": batch * (2 * cfg.assistant_steps + 3 + branches),
+          "denoiser_backward": batch * (cfg.assistant_steps + 1 + (0 if kl else 1 + branches)),
+          "decodes": batch * rewarded, "reward_queries": batch * rewarded,
+          "reward_gradients": batch * rewarded}
