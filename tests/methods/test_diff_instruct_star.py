@@ -163,6 +163,7 @@ def train(models, cfg, optim, steps, batch=256):
   def step(state, key):
     experience = method.collect(state, models.frozen, rows, jax.random.fold_in(key, 0))
     return method.update(state, models.frozen, experience, None, jax.random.fold_in(key, 1))
+  metrics = None
   for i in range(steps):
     state, metrics = step(state, jax.random.key(i + 1))
   draws = method.collect(state, models.frozen, analytic.make_batch(4096), jax.random.key(10**6))
@@ -179,24 +180,28 @@ def test_distils_a_gaussian_into_one_step(divergence):
   models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))
   cfg = di.Config(divergence=divergence, guidance=1.0, reward=0.0, assistant_steps=3,
                   assistant_lr=3e-3, kappa=0.3)
-  optim = OptimConfig(lr=2e-3, decay_steps=1500, ema=0.99)
+  optim = OptimConfig(lr=2e-3, decay_steps=3000, ema=0.99)
   _, _, before = train(models, cfg, optim, 0)
   assert before.std() < 0.35
-  _, metrics, after = train(models, cfg, optim, 1500)
+  _, metrics, after = train(models, cfg, optim, 3000)
   assert abs(after.mean() - 0.8) < 0.06 and abs(after.std() - 0.5) < 0.06
   assert float(metrics["train/cotangent_ratio"]) == 0
 
 
 @pytest.mark.slow
-def test_reward_moves_the_mean_and_the_teacher_stays():
+def test_linear_reward_shifts_the_mean_by_what_the_closed_form_says():
+  """l2, several levels: shift `alpha / E_t[2 w a^2 / Q^2]`, w = s^2 in eps space; spread kept."""
+  cfg = di.Config(divergence="l2", guidance=1.0, ratio=False, assistant_steps=5, assistant_lr=3e-3)
+  abar = analytic.SD_SCHEDULE.alphas_cumprod[cfg.t_min:cfg.t_max + 1]
+  Q = abar * 0.25 + 1 - abar
+  wanted = 0.3
+  cfg = dataclasses.replace(cfg, reward=float(wanted * (2 * (1 - abar) * abar / Q**2).mean()))
   models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))
-  cfg = di.Config(guidance=1.0, reward=0.5, assistant_steps=3, assistant_lr=3e-3, kappa=0.3)
   frozen = jax.tree.map(np.asarray, models.frozen)
-  optim = OptimConfig(lr=2e-3, decay_steps=800)
-  _, _, plain = train(models, dataclasses.replace(cfg, reward=0.0), optim, 800)
-  _, metrics, tuned = train(models, cfg, optim, 800)
-  assert tuned.mean() > plain.mean() + 0.1
-  assert float(metrics["train/alpha"]) > 0
+  optim = OptimConfig(lr=1e-3, decay_steps=2000, ema=0.99)
+  _, metrics, tuned = train(models, cfg, optim, 2000)
+  assert abs(tuned.mean() - 0.8 - wanted) < 0.08 and abs(tuned.std() - 0.5) < 0.08
+  assert float(metrics["train/alpha"]) == pytest.approx(cfg.reward)
   chex.assert_trees_all_equal(frozen, jax.tree.map(np.asarray, models.frozen))
 
 
