@@ -26,7 +26,8 @@ from jaxalign.rewards.emoji import ASSETS
 HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
 LOW, HIGH = 0.2, 0.6
 NAMES = 16                        # of a set, at most
-SAMPLES = 10                      # of a name, to choose by; of a held-out prompt, to report
+CHOICE = 5                        # samples of a name to choose it by
+SAMPLES = 10                      # of a held-out prompt, to report
 
 
 
@@ -64,8 +65,8 @@ def choose(pipeline, names: list[str], styles, reward: str) -> list[tuple[str, s
   entries = [(name, style) for name in names for style in styles]
   colours = [c for c in emoji.COLOURS if c not in HELD_OUT_COLOURS]
   captions = [emoji.caption(name, colours[k % len(colours)], style)
-              for name, style in entries for k in range(SAMPLES)]
-  rate = successes(pipeline, captions, reward, 1, f"choosing by {reward}").reshape(-1, SAMPLES)
+              for name, style in entries for k in range(CHOICE)]
+  rate = successes(pipeline, captions, reward, 1, f"choosing by {reward}").reshape(-1, CHOICE)
   kept = [entry for entry, r in zip(entries, rate.mean(1)) if LOW <= r <= HIGH]
   return sorted(kept, key=lambda entry: zlib.crc32(str(entry).encode()))[:NAMES]
 
@@ -104,8 +105,8 @@ def page(table: list[dict]) -> str:
       f"{row['prompts']['heldout']} | {row['methods']} | `{row['reward']}` | `{row['success']}` | "
       f"{percent(row['base_success'])} |" for row in table)
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
-  return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", samples=SAMPLES,
-                             rows=rows)
+  return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", choice=CHOICE,
+                             samples=SAMPLES, rows=rows)
 
 
 def main(argv=None) -> None:

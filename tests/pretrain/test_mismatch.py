@@ -68,15 +68,15 @@ def test_mismatch_refuses_what_makes_no_pairs(tmp_path):
 
 
 def test_task_sets_keep_names_with_headroom(monkeypatch, tmp_path):
-  """Success by design: of the names, one never, one always, one at every second image."""
+  """Success by design: of the names, one never, one always, one at two of five images."""
   def successes(pipeline, captions, reward, seed, label):
-    return np.array(["dog" in c or ("whale" in c and i % 2 == 0) for i, c in enumerate(captions)])
+    return np.array(["dog" in c or ("whale" in c and i % 5 % 2) for i, c in enumerate(captions)])
   monkeypatch.setattr(tasks, "successes", successes)
   drawings = type("Drawings", (), {"names": np.array(["cat", "dog", "whale"])})
   for side in ("train", "heldout"):
     (tmp_path / f"emoji_{side}.txt").write_text("a dog on a red background\n")
   table = tasks.write(None, drawings, tmp_path)
-  assert [row["base_success"]["mean"] for row in table] == [1.0, 1.0, 0.5, 0.5]
+  assert [row["base_success"]["mean"] for row in table] == [1.0, 1.0, 0.4, 0.4]
   page = (tmp_path / "README.md").read_text()
   for label, styles in (("emoji_names", 1), ("emoji_styles", 2)):
     train, heldout = ((tmp_path / f"{label}_{side}.txt").read_text().splitlines()
