@@ -23,8 +23,6 @@ def get_config(arg="emoji"):
   scale = 16384 / 256        # clip ranges are per latent element; the presets' are for 64x64x4
   if size == "emoji":
     config.reward.names = ("emoji_rank",)
-    config.data.prompts = "jaxalign:emoji_names_train"
-    config.data.eval_prompts = "jaxalign:emoji_names_heldout"
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.interval_stages = 8, 40
     config.method.clip_range *= scale

@@ -25,7 +25,7 @@ from jaxalign.rewards.emoji import ASSETS
 
 HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
 LOW, HIGH = 0.2, 0.6
-NAMES = 16                        # of a set, at most
+NAMES = 8                         # of a set, at most
 CHOICE = 5                        # samples of a name to choose it by
 SAMPLES = 10                      # of a held-out prompt, to report
 
@@ -41,13 +41,9 @@ class TaskSet(NamedTuple):
 
 
 SETS = (
-    TaskSet("emoji", "reward gradients: nabla-GFlowNet, ReFL, DRaFT, AlignProp", "emoji_clip",
-            "emoji_rank"),
+    TaskSet("emoji", "rewards: nabla-GFlowNet, ReFL, DRaFT, AlignProp, DDPO, B2-DiffuRL, "
+            "Diff-Instruct*, DNO, best-of-N", "emoji_clip", "emoji_rank", (None,)),
     TaskSet("emoji", "preferences: MaPO, Diffusion-DPO, SFT", "pairs", "emoji_twemoji"),
-    TaskSet("emoji_names", "sparse rewards and one step: DDPO, B2-DiffuRL, Diff-Instruct*",
-            "emoji_clip", "emoji_rank", (None,)),
-    TaskSet("emoji_styles", "noise at inference: DNO, best-of-N", "emoji_style", "emoji_styled",
-            emoji.STYLES),
 )
 
 
@@ -71,13 +67,14 @@ def choose(pipeline, names: list[str], styles, reward: str) -> list[tuple[str, s
   return sorted(kept, key=lambda entry: zlib.crc32(str(entry).encode()))[:NAMES]
 
 
-def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> list[dict]:
-  """Writes the prompt files of all sets and `tasks.json`; returns what the table holds."""
-  names = sorted(set(map(str, drawings.names)))
+def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) -> list[dict]:
+  """Writes the prompt files of all sets (unless `keep`) and their table, which it returns."""
+  unseen = (ASSETS / "prompts" / "emoji_unseen.txt").read_text()
+  names = sorted({name for name in map(str, drawings.names) if f"a {name} on" not in unseen})
   table = []
   for task in SETS:
     files = {side: folder / f"{task.label}_{side}.txt" for side in ("train", "heldout")}
-    if task.styles:
+    if task.styles and not keep:
       chosen = choose(pipeline, names, task.styles, task.success)
       if not chosen:
         raise UserError(f"{task.label}: no name has a success between {LOW} and {HIGH}")
@@ -114,11 +111,12 @@ def main(argv=None) -> None:
   parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.data.emoji")
   parser.add_argument("--model", default=str(ASSETS / "emoji"), help="diffusers directory")
   parser.add_argument("--output", type=pathlib.Path, default=ASSETS / "prompts", help="folder")
+  parser.add_argument("--keep_prompts", action="store_true", help="only measure them anew")
   args = parser.parse_args(argv)
   sharding.use_cores()
   args.output.mkdir(parents=True, exist_ok=True)
   table = write(load_pipeline(args.model), emoji.load(args.drawings).of(emoji.CORE_CATEGORIES),
-                args.output)
+                args.output, args.keep_prompts)
   print(json.dumps(table, indent=2))
 
 
