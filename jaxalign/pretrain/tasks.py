@@ -12,6 +12,7 @@ import sys
 import zlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxalign import sharding
@@ -26,6 +27,7 @@ from jaxalign.rewards.emoji import ASSETS
 HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
 LOW, HIGH = 0.2, 0.6
 NAMES = 8                         # of a set, at most
+CANDIDATES = 256                  # names to choose from
 CHOICE = 5                        # samples of a name to choose it by
 SAMPLES = 10                      # of a held-out prompt, to report
 
@@ -47,24 +49,35 @@ SETS = (
 )
 
 
-def successes(pipeline, captions: list[str], reward_name: str, seed: int, label: str) -> np.ndarray:
-  """`[len(captions)]` bool: one image of each caption, and whether its reward is above 0."""
+def rewards_of(pipeline, captions: list[str], names: tuple[str, ...], seed: int, label: str):
+  """`{reward name: [len(captions)]}` of one image of each caption."""
   images = quality.draw(pipeline, captions, seed, label)
-  reward = make_reward((reward_name,), (1.0,)).parts[0][2]
-  return np.concatenate([
-      np.asarray(reward.score(reward.params, images[i:i + 64], reward.prepare(captions[i:i + 64])))
-      for i in range(0, len(captions), 64)]) > 0
+  out = {}
+  for name in names:
+    reward = make_reward((name,), (1.0,)).parts[0][2]
+    score = jax.jit(reward.score)
+    out[name] = np.concatenate([
+        np.asarray(score(reward.params, images[i:i + 64], reward.prepare(captions[i:i + 64])))
+        for i in range(0, len(captions), 64)])
+  return out
 
 
-def choose(pipeline, names: list[str], styles, reward: str) -> list[tuple[str, str | None]]:
-  """(name, style) with a success between `LOW` and `HIGH`, at most `NAMES`, in a fixed order."""
-  entries = [(name, style) for name in names for style in styles]
+def choose(pipeline, names: list[str], task: TaskSet) -> list[tuple[str, str | None]]:
+  """At most `NAMES` (name, style) with a success between `LOW` and `HIGH`.
+
+  Of `CANDIDATES` drawn by hash, those whose reward varies most among `CHOICE` samples: where all
+  images are alike, there is nothing to choose between.
+  """
+  entries = sorted(((name, style) for name in names for style in task.styles),
+                   key=lambda entry: zlib.crc32(str(entry).encode()))[:CANDIDATES]
   colours = [c for c in emoji.COLOURS if c not in HELD_OUT_COLOURS]
   captions = [emoji.caption(name, colours[k % len(colours)], style)
               for name, style in entries for k in range(CHOICE)]
-  rate = successes(pipeline, captions, reward, 1, f"choosing by {reward}").reshape(-1, CHOICE)
-  kept = [entry for entry, r in zip(entries, rate.mean(1)) if LOW <= r <= HIGH]
-  return sorted(kept, key=lambda entry: zlib.crc32(str(entry).encode()))[:NAMES]
+  scores = rewards_of(pipeline, captions, (task.reward, task.success), 1, f"choosing {task.label}")
+  rate = (scores[task.success] > 0).reshape(-1, CHOICE).mean(1)
+  spread = scores[task.reward].reshape(-1, CHOICE).std(1)
+  kept = np.flatnonzero((rate >= LOW) & (rate <= HIGH))
+  return [entries[i] for i in sorted(kept, key=lambda i: -spread[i])[:NAMES]]
 
 
 def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) -> list[dict]:
@@ -75,7 +88,7 @@ def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) 
   for task in SETS:
     files = {side: folder / f"{task.label}_{side}.txt" for side in ("train", "heldout")}
     if task.styles and not keep:
-      chosen = choose(pipeline, names, task.styles, task.success)
+      chosen = choose(pipeline, names, task)
       if not chosen:
         raise UserError(f"{task.label}: no name has a success between {LOW} and {HIGH}")
       for side, file in files.items():
@@ -85,7 +98,8 @@ def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) 
             if (colour in HELD_OUT_COLOURS) == (side == "heldout")) + "\n")
     prompts = {side: file.read_text().splitlines() for side, file in files.items()}
     repeated = [prompt for prompt in prompts["heldout"] for _ in range(SAMPLES)]
-    right = successes(pipeline, repeated, task.success, 2, f"measuring {task.label}")
+    right = rewards_of(pipeline, repeated, (task.success,), 2,
+                       f"measuring {task.label}")[task.success] > 0
     table.append({"set": task.label, "methods": task.methods, "reward": task.reward,
                   "success": task.success, "base_success": quality.share(right),
                   "prompts": {side: len(lines) for side, lines in prompts.items()}})
@@ -102,8 +116,8 @@ def page(table: list[dict]) -> str:
       f"{row['prompts']['heldout']} | {row['methods']} | `{row['reward']}` | `{row['success']}` | "
       f"{percent(row['base_success'])} |" for row in table)
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
-  return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", choice=CHOICE,
-                             samples=SAMPLES, rows=rows)
+  return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", rows=rows,
+                             candidates=CANDIDATES, choice=CHOICE, samples=SAMPLES)
 
 
 def main(argv=None) -> None:

@@ -32,7 +32,7 @@ def test_task_table_is_about_the_shipped_prompts():
     for side, count in row["prompts"].items():
       prompts = (folder / f"{row['set']}_{side}.txt").read_text().splitlines()
       assert len(prompts) == len(set(prompts)) == count
-    assert 0.2 <= row["base_success"]["mean"] <= 0.6
+    assert 0 <= row["base_success"]["low"] < row["base_success"]["high"] <= 1
 
 
 def test_card_without_a_record_of_training_is_refused(tmp_path):

@@ -69,9 +69,10 @@ def test_mismatch_refuses_what_makes_no_pairs(tmp_path):
 
 def test_task_sets_keep_names_with_headroom(monkeypatch, tmp_path):
   """Success by design: of the names, one never, one always, one at two of five images."""
-  def successes(pipeline, captions, reward, seed, label):
-    return np.array(["dog" in c or ("whale" in c and i % 5 % 2) for i, c in enumerate(captions)])
-  monkeypatch.setattr(tasks, "successes", successes)
+  def rewards_of(pipeline, captions, names, seed, label):
+    right = np.array(["dog" in c or ("whale" in c and i % 5 % 2) for i, c in enumerate(captions)])
+    return dict.fromkeys(names, right.astype(np.float32))
+  monkeypatch.setattr(tasks, "rewards_of", rewards_of)
   drawings = type("Drawings", (), {"names": np.array(["cat", "dog", "whale"])})
   table = tasks.write(None, drawings, tmp_path)
   assert [row["base_success"]["mean"] for row in table] == [0.4, 0.4]
