@@ -10,6 +10,7 @@ import threading
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -68,9 +69,10 @@ def progress(**options) -> tqdm:
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes are here, for as long as a compilation may take one of them."""
   if several():
-    multihost_utils.sync_global_devices(name)
+    # Of the processes, not of their devices, whose collectives give up after less than a minute.
+    ocp.multihost.sync_global_processes(name, timeout=3600)
 
 
 def agreed(value: int) -> int:

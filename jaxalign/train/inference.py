@@ -295,6 +295,7 @@ class Search:
                              key).compile()
       else:
         self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
+    processes.barrier("compiled")
     memory = (self._step or self._update).memory_analysis()
     temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
     return f"compiled in {time.monotonic() - begun:.0f} s{temp}"

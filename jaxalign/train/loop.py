@@ -284,6 +284,7 @@ class Programs:
           update, donate_argnums=0, out_shardings=(shardings, self._replicated)).lower(
               state, exp.frozen, experience, rewards, key).compile()
       bar.update()
+    processes.barrier("compiled")
     memory = self._update.memory_analysis()
     temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
     return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
