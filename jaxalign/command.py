@@ -7,7 +7,7 @@ import sys
 from absl import flags
 
 from jaxalign.configs_lib import recipe_path
-from jaxalign.errors import UserError
+from jaxalign.errors import Stopped, UserError
 
 
 class Flags(flags.FlagValues):
@@ -35,7 +35,10 @@ def run_command(main, flag_values: Flags, required: tuple[str, ...] = (),
 
 
 def exit_status(main) -> int:
-  """Calls `main()`: 0 if it finished, 2 and a line on stderr if the user can mend it, else 130."""
+  """Calls `main()`: 0 if it finished, 2 and a line on stderr if the user can mend it.
+
+  130 after Ctrl-C and 143 after SIGTERM, where the same command goes on.
+  """
   try:
     main()
   except UserError as error:
@@ -44,6 +47,9 @@ def exit_status(main) -> int:
   except KeyboardInterrupt:
     print("interrupted; the same command continues the run", file=sys.stderr)
     return 130
+  except Stopped as stopped:
+    print(f"{stopped}; the same command continues the run", file=sys.stderr)
+    return 143
   return 0
 
 

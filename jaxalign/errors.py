@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""Exceptions that are no bugs: what the user can mend, and a run that was told to stop."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
   The message is one line and names the config key or file at fault. Commands print it without a
   traceback and exit with status 2; anything else that escapes is a bug and keeps its traceback.
   """
+
+
+class Stopped(Exception):
+  """A run was asked to end (SIGTERM) and has saved its state; the same command continues it."""

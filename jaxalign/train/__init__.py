@@ -3,7 +3,7 @@ import pathlib
 
 import jax
 
-from jaxalign import sharding
+from jaxalign import processes, sharding
 from jaxalign.configs_lib import Config, load_recipe, parse
 from jaxalign.methods import AT_INFERENCE
 
@@ -16,7 +16,9 @@ def run(cfg: Config, path, devices=None) -> dict:
   """
   # Both import from this package.
   from jaxalign.train import inference, loop
-  if devices is None and cfg.mesh.data == -1 and cfg.mesh.fsdp == cfg.mesh.tensor == 1:
+  processes.start()
+  if (devices is None and not processes.several() and cfg.mesh.data == -1
+      and cfg.mesh.fsdp == cfg.mesh.tensor == 1):
     sharding.use_cores(cfg.check_devices)
   jax.config.update("jax_threefry_partitionable", True)
   module = inference if cfg.method_name in AT_INFERENCE else loop

@@ -4,9 +4,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from jaxalign import metrics, rng
+from jaxalign import metrics, processes, rng
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward, check_scores, weighted_sum
 from jaxalign.rewards.rules import color_accuracy
@@ -109,7 +108,7 @@ class Evaluator:
     prompt_ids = np.minimum(ids, total - 1) // samples       # the last batch is filled up
     key = rng.stream(self._root, stream)
     parts = []
-    with tqdm(total=total, desc=label, unit="img", leave=False) as bar:
+    with processes.progress(total=total, desc=label, unit="img", leave=False) as bar:
       for i in range(0, len(ids), size):
         rows = gather(table, prompt_ids[i:i + size], ids[i:i + size])
         if noise is not None:
@@ -118,7 +117,7 @@ class Evaluator:
         part, trajectory = self._sample(policy, exp.frozen, exp.judge_params, batch, key)
         if path_kl and np.all(exp.models.sampler.std > 0):
           part["path_kl"] = self._path_kl(exp.frozen, trajectory, batch["conditioning"])
-        parts.append(jax.device_get(part))
+        parts.append(processes.fetch(part))
         bar.update(min(size, total - i))
     shape = lambda a: a[:total].reshape((len(prompts), samples) + a.shape[1:])
     out = jax.tree.map(lambda *a: shape(np.concatenate(a)), *parts)
@@ -132,7 +131,7 @@ class Evaluator:
     if isinstance(reward, Reward):
       terms = {name: check_scores(name, v.reshape(-1), rows) for name, v in out["terms"].items()}
     else:
-      terms = reward.terms(flat, rows)
+      terms = processes.by_rows(reward.terms, flat, rows)
     terms = {name: v.reshape(len(prompts), samples) for name, v in terms.items()}
     scores["reward"] = np.asarray(weighted_sum(reward.weights, terms))
     if len(terms) > 1:

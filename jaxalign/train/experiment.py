@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign import sharding
+from jaxalign import processes, sharding
 from jaxalign.configs_lib import Config, SampleConfig
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
@@ -42,7 +42,7 @@ class Experiment:
 
   def embed(self, prompts: list[str]):
     """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`."""
-    cond = [jax.device_get(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
+    cond = [processes.fetch(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
             for i in range(0, len(prompts), 64)]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *cond)
 
@@ -84,12 +84,12 @@ def build(cfg: Config, devices=None) -> Experiment:
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
     pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
   models = make_models(cfg, pipeline, reward)
-  frozen = jax.device_put(models.frozen, sharding.param_shardings(models.frozen, mesh))
-  text = jax.device_put(pipeline.params["text_encoder"], sharding.replicated(mesh))
+  frozen = processes.put(models.frozen, sharding.param_shardings(models.frozen, mesh))
+  text = processes.put(pipeline.params["text_encoder"], sharding.replicated(mesh))
   return Experiment(
       config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
-      frozen=frozen, judge_params=jax.device_put(judge.params, sharding.replicated(mesh)),
-      put_batch=functools.partial(jax.device_put, device=sharding.batch_sharding(mesh)),
+      frozen=frozen, judge_params=processes.put(judge.params, sharding.replicated(mesh)),
+      put_batch=functools.partial(processes.put, shardings=sharding.batch_sharding(mesh)),
       encode=functools.partial(jax.jit(pipeline.encode_prompts), text))
 
 

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
-from tqdm import tqdm
 
-from jaxalign import methods, rng, sharding, viz
+from jaxalign import methods, processes, rng, sharding
 from jaxalign.checkpoint import Checkpointer
 from jaxalign.configs_lib import Config
-from jaxalign.errors import UserError
+from jaxalign.errors import Stopped, UserError
 from jaxalign.methods import best_of_n
 from jaxalign.methods.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import Experiment, build, gather, read_prompts
 from jaxalign.train.loop import (
+  before_and_after,
   judge_progress,
   peak_bytes,
   read_finished,
@@ -52,7 +52,7 @@ def run(cfg: Config, path: pathlib.Path, devices=None) -> dict:
 
 def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ workdir
-  say = lambda text: tqdm.write(text)
+  say = processes.say
   if cfg.train.keep_best:
     raise UserError("train.keep_best=True chooses among policies, and this run trains none")
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
@@ -88,7 +88,9 @@ def _run(cfg, path, devices, stack) -> dict:
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)
   # `last` is the step after which the run ends, one after that at which all images were at rest.
+  # `look_due`: saved, on SIGTERM, before the evaluation of that step.
   progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "last": 0,
+              "look_due": False,
               "best_judge": float(base.scores["judge"].mean())}
   step = checkpoints.latest_step() or 0
   if step:
@@ -131,7 +133,12 @@ def _run(cfg, path, devices, stack) -> dict:
     progress = judge_progress(cfg, progress, step, seen)
     return seen
 
-  with tqdm(total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
+  if progress.get("look_due"):
+    progress["look_due"] = False
+    workdir.log(step, before, look())
+
+  with processes.Notice() as notice, processes.progress(
+      total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
     while step < cfg.train.steps and not progress["stopped"]:
       values = search.step(step)
       settle()
@@ -139,12 +146,19 @@ def _run(cfg, path, devices, stack) -> dict:
       seconds = round(before + time.monotonic() - clock, 3)
       pending = (step, seconds, values)
       progress["seconds"] = seconds
-      if cfg.eval.every and step % cfg.eval.every == 0:
+      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
+      if notice.at(step):
+        settle()
+        progress["look_due"] = due
+        checkpoints.save(step, search.state, progress)
+        checkpoints.wait()
+        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
+      if due:
         settle(look)
         clock, before = time.monotonic(), seconds      # evaluation is not optimisation time
       if progress["last"] and step >= progress["last"]:
         progress["stopped"] = f"no image improved for {cfg.method.patience} steps (method.patience)"
-      if cfg.train.max_seconds and seconds >= cfg.train.max_seconds:
+      if cfg.train.max_seconds and processes.agreed(seconds >= cfg.train.max_seconds):
         progress["stopped"] = f"train.max_seconds={cfg.train.max_seconds:g} reached"
       if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps or progress["stopped"]:
         settle()
@@ -163,9 +177,10 @@ def _run(cfg, path, devices, stack) -> dict:
   workdir.keep("tuned", tuned)
   save_pictures(workdir, f"samples/step_{step:06d}.png", tuned, prompts, cfg)
   rows = spread(len(prompts), cfg.log.grid_prompts)
-  viz.before_after(base.images[rows, :4], tuned.images[rows, :4], [prompts[i] for i in rows],
-                   workdir.path / "samples" / "before_after.png")
-  write_product(workdir.path / "product", prompts, noise, search.best_step(), base, tuned)
+  before_and_after(workdir, base, tuned, prompts, rows)
+  best_step = search.best_step()
+  if processes.is_main():
+    write_product(workdir.path / "product", prompts, noise, best_step, base, tuned)
 
   # ------------------------------------------------------------------ summary
   cost = {name: (step + 1) * count for name, count in method.cost(total).items()}
@@ -199,8 +214,10 @@ def run_rival(cfg: Config, path: pathlib.Path, devices, candidates: int) -> dict
       train=dataclasses.replace(cfg.train, steps=max(1, candidates - 1), patience=0),
       eval=dataclasses.replace(cfg.eval, every=0))
   Workdir(folder, rival).create()
-  shutil.copytree(path / "evaluations", folder / "evaluations", dirs_exist_ok=True,
-                  ignore=lambda _, names: [n for n in names if not n.startswith("base")])
+  if processes.is_main():
+    shutil.copytree(path / "evaluations", folder / "evaluations", dirs_exist_ok=True,
+                    ignore=lambda _, names: [n for n in names if not n.startswith("base")])
+  processes.barrier("base copied")
   result = run(rival, folder, devices)
   return {"candidates": result["steps"] + 1, "seconds": result["seconds"], **result["tuned"]}
 
@@ -269,7 +286,7 @@ class Search:
             exp.mesh, sharding.BATCH if s.ndim else sharding.P())), tree)
     lower = lambda f, donate, *args: jax.jit(f, donate_argnums=donate, out_shardings=(
         self._shardings(jax.eval_shape(f, *args)))).lower(*args)
-    with tqdm(total=1, desc="compiling", unit="program", leave=False):
+    with processes.progress(total=1, desc="compiling", unit="program", leave=False):
       if isinstance(exp.reward, HostReward):
         experience, images = placed(jax.eval_shape(collect, state, exp.frozen, batch, key))
         self._collect = lower(collect, (), state, exp.frozen, batch, key).compile()
@@ -278,6 +295,7 @@ class Search:
                              key).compile()
       else:
         self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
+    processes.barrier("compiled")
     memory = (self._step or self._update).memory_analysis()
     temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
     return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
@@ -300,13 +318,14 @@ class Search:
     return metrics
 
   def _host_rewards(self, images, prompts):
-    reward, images = self._exp.reward, jax.device_get(images)
+    reward, images = self._exp.reward, processes.fetch(images)
     rows = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
-    return self._exp.put_batch(weighted_sum(reward.weights, reward.terms(images, rows)))
+    return self._exp.put_batch(weighted_sum(
+        reward.weights, processes.by_rows(reward.terms, images, rows)))
 
   def _gathered(self, of) -> np.ndarray:
     """Rows of all images on the host, in order."""
-    return np.concatenate([jax.device_get(of(name)) for name in self._batches])[:self.total]
+    return np.concatenate([processes.fetch(of(name)) for name in self._batches])[:self.total]
 
   def product(self) -> np.ndarray:
     """The noise of every image, `[P * K, 1+T, h, w, c]` f32."""
@@ -328,7 +347,8 @@ def means(metrics: list[dict], total: int, step: int) -> dict[str, float]:
   Raises:
     UserError: no image has a finite reward.
   """
-  rows = {name: np.concatenate([np.asarray(part[name]) for part in metrics])[:total]
+  metrics = processes.fetch(metrics)
+  rows = {name: np.concatenate([part[name] for part in metrics])[:total]
           for name in metrics[0]}
   finite = {name: value[np.isfinite(value)] for name, value in rows.items()}
   if not finite["train/reward"].size:

@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from jaxalign import methods, metrics, rng, sharding, viz
+from jaxalign import methods, metrics, processes, rng, sharding, viz
 from jaxalign.checkpoint import Checkpointer
 from jaxalign.configs_lib import Config
 from jaxalign.convert import save_pipeline
 from jaxalign.data.pairs import open_pairs
-from jaxalign.errors import UserError
+from jaxalign.errors import Stopped, UserError
 from jaxalign.rewards import HostReward, check_scores, weighted_sum
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
 from jaxalign.train.experiment import Experiment, build, gather, policy_weights, read_prompts
@@ -41,7 +40,7 @@ def run(cfg: Config, path: pathlib.Path, devices=None) -> dict:
 
 def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ workdir
-  say = lambda text: tqdm.write(text)
+  say = processes.say
   train_prompts = read_prompts("data.prompts", cfg.data.prompts)
   eval_prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
@@ -102,7 +101,8 @@ def _run(cfg, path, devices, stack) -> dict:
   stack.callback(checkpoints.close)
   best = untouched                     # the policy with the best judge score, if train.keep_best
   content = lambda: {"method": state, **({"best": best} if cfg.train.keep_best else {})}
-  progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "",
+  # `look_due`: saved, on SIGTERM, before the evaluation of that step.
+  progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
               "best_judge": float(base_watch.scores["judge"].mean())}
   step = checkpoints.latest_step() or 0
   if step:
@@ -140,7 +140,12 @@ def _run(cfg, path, devices, stack) -> dict:
       best = jax.tree.map(jnp.copy, method.product(state))   # the state itself is donated
     return seen
 
-  with tqdm(total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
+  if progress.get("look_due"):
+    progress["look_due"] = False
+    workdir.log(step, before, look())
+
+  with processes.Notice() as notice, processes.progress(
+      total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
     while step < cfg.train.steps and not progress["stopped"]:
       if pairs:
         ids = pairs.draw(step, cfg.sample.batch)
@@ -154,10 +159,17 @@ def _run(cfg, path, devices, stack) -> dict:
       pending = (step, seconds, values, terms, [row_prompts[i] for i in ids])
       progress["seconds"] = seconds
 
-      if cfg.eval.every and step % cfg.eval.every == 0:
+      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
+      if notice.at(step):
+        settle()
+        progress["look_due"] = due
+        checkpoints.save(step, content(), progress)
+        checkpoints.wait()
+        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
+      if due:
         settle(look)
         clock, before = time.monotonic(), seconds      # evaluation is not training time
-      if cfg.train.max_seconds and seconds >= cfg.train.max_seconds:
+      if cfg.train.max_seconds and processes.agreed(seconds >= cfg.train.max_seconds):
         progress["stopped"] = f"train.max_seconds={cfg.train.max_seconds:g} reached"
       if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps or progress["stopped"]:
         settle()                       # a state that went wrong is never saved
@@ -179,10 +191,10 @@ def _run(cfg, path, devices, stack) -> dict:
     save_pictures(workdir, f"samples/step_{step:06d}.png",
                   watch(method.product(state), "last step, watched prompts"), watched, cfg)
   rows = spread(len(eval_prompts), cfg.log.grid_prompts)
-  viz.before_after(base.images[rows, :4], tuned.images[rows, :4], [eval_prompts[i] for i in rows],
-                   workdir.path / "samples" / "before_after.png")
-  weights = policy_weights(cfg, jax.device_get(policy), exp.pipeline.params["unet"])
-  save_pipeline(exp.pipeline, workdir.path / "export", params={"unet": weights}, dtype="float32")
+  before_and_after(workdir, base, tuned, eval_prompts, rows)
+  weights = policy_weights(cfg, processes.fetch(policy), exp.pipeline.params["unet"])
+  if processes.is_main():
+    save_pipeline(exp.pipeline, workdir.path / "export", params={"unet": weights}, dtype="float32")
 
   # ------------------------------------------------------------------ summary
   updates = {name: step * count for name, count in method.cost(cfg.sample.batch).items()}
@@ -216,7 +228,7 @@ class Programs:
     self._rows, self._gather = (pairs.rows, pairs.gather) if pairs else (lambda ids: ids, gather)
     self._batch = sharding.batch_sharding(exp.mesh)
     self._replicated = sharding.replicated(exp.mesh)
-    self._table = jax.device_put(table, self._replicated)
+    self._table = processes.put(table, self._replicated)
     ids = np.arange(exp.config.sample.batch, dtype=np.int32)
     self._ids, self._example = exp.put_batch(ids), self._put(ids)
     self._collect = self._update = None
@@ -256,9 +268,12 @@ class Programs:
 
     key = rng.stream(self._root, rng.ROLLOUT)
     on_batch = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._batch)
-    with tqdm(total=2, desc="compiling", unit="program", leave=False) as bar:
-      lowered = jax.jit(collect, out_shardings=self._batch).lower(
-          state, exp.frozen, self._table, self._example, self._ids, key)
+    with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
+      # Images to be scored here stay apart; scores are small, and every process reads all of them.
+      on_host = isinstance(exp.reward, HostReward)
+      lowered = jax.jit(collect, out_shardings=(
+          self._batch, self._batch if on_host else self._replicated)).lower(
+              state, exp.frozen, self._table, self._example, self._ids, key)
       self._collect = lowered.compile()
       bar.update()
       experience = jax.tree.map(on_batch, lowered.out_info[0])
@@ -269,6 +284,7 @@ class Programs:
           update, donate_argnums=0, out_shardings=(shardings, self._replicated)).lower(
               state, exp.frozen, experience, rewards, key).compile()
       bar.update()
+    processes.barrier("compiled")
     memory = self._update.memory_analysis()
     temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
     return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
@@ -286,8 +302,9 @@ class Programs:
       return experience, {}, None
     reward = self._exp.reward
     if isinstance(reward, HostReward):
-      scored = reward.terms(jax.device_get(scored), [prompts[i] for i in ids])
-    rewards = jax.device_put(weighted_sum(reward.weights, scored), self._batch)
+      scored = processes.by_rows(reward.terms, processes.fetch(scored),
+                                 [prompts[i] for i in ids])
+    rewards = processes.put(weighted_sum(reward.weights, scored), self._batch)
     return experience, scored, rewards
 
   def update(self, state, experience, rewards, step: int):
@@ -362,7 +379,14 @@ def judge_progress(cfg: Config, progress: dict, step: int, seen: dict) -> dict:
 
 def save_pictures(workdir, name, samples, prompts, cfg) -> None:
   rows = spread(len(prompts), cfg.log.grid_prompts)
-  viz.save_grid(samples.images[rows], workdir.path / name, row_labels=[prompts[i] for i in rows])
+  if processes.is_main():
+    viz.save_grid(samples.images[rows], workdir.path / name, row_labels=[prompts[i] for i in rows])
+
+
+def before_and_after(workdir, base, tuned, prompts, rows) -> None:
+  if processes.is_main():
+    viz.before_after(base.images[rows, :4], tuned.images[rows, :4], [prompts[i] for i in rows],
+                     workdir.path / "samples" / "before_after.png")
 
 
 def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
@@ -379,7 +403,7 @@ def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
 
 def peak_bytes(exp: Experiment) -> int:
   """Peak memory: of the busiest device where it counts, else of this process."""
-  stats = [d.memory_stats() or {} for d in exp.mesh.devices.flat]
+  stats = [d.memory_stats() or {} for d in exp.mesh.local_devices]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -5,9 +5,8 @@ import pathlib
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from jaxalign import sharding
+from jaxalign import processes, sharding
 from jaxalign.data.pairs import Pairs
 from jaxalign.errors import UserError
 from jaxalign.models.vae import encode_images
@@ -64,26 +63,33 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path) -> np.ndarray:
   """Scaled latents `[N, 2, h, w, c]`, means of the posterior, the preferred image first."""
   import grain
   vae, shape = exp.pipeline.vae, (len(pairs), 2, *exp.models.latent_shape)
-  if not file.exists():
+  if not processes.agreed(file.exists()):
     size = exp.config.eval.batch
-    params = jax.device_put(exp.pipeline.params["vae"], sharding.replicated(exp.mesh))
+    params = processes.put(exp.pipeline.params["vae"], sharding.replicated(exp.mesh))
     encode = jax.jit(functools.partial(encode_images, vae))
     pixels = shape[2] * vae.factor
     batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, pixels))
                .batch(size).to_iter_dataset(grain.ReadOptions(num_threads=8,
                                                               prefetch_buffer_size=8)))
     partial = file.with_name(f".{file.name}.partial")
-    latents = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-    with tqdm(total=len(pairs), desc="encoding pairs", unit="pair", leave=False) as bar:
+    main, done = processes.is_main(), 0
+    latents = np.lib.format.open_memmap(partial, "w+", np.float32, shape) if main else None
+    with processes.progress(total=len(pairs), desc="encoding pairs", unit="pair",
+                            leave=False) as bar:
       for images in batches:
         n = len(images)
         images = np.pad(images, [(0, size - n)] + [(0, 0)] * 4)      # the last batch is filled up
         for side in range(2):
           part = encode(params, exp.put_batch(images[:, side].astype(np.float32) / 255))
-          latents[bar.n:bar.n + n, side] = jax.device_get(part)[:n]
+          part = processes.fetch(part)
+          if main:
+            latents[done:done + n, side] = part[:n]
+        done += n
         bar.update(n)
-    latents.flush()
-    os.replace(partial, file)
+    if main:
+      latents.flush()
+      os.replace(partial, file)
+    processes.barrier("pairs encoded")
   latents = np.load(file, mmap_mode="r")
   if latents.shape != shape or latents.dtype != np.float32:
     raise UserError(f"{file}: has shape {latents.shape}, not {shape}: data.pairs changed; choose "

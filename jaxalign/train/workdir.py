@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 from tensorboardX import SummaryWriter
 
+from jaxalign import processes
 from jaxalign.configs_lib import Config
 from jaxalign.errors import UserError
 from jaxalign.train.evaluation import Samples
@@ -24,6 +25,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collection
 
 class Workdir:
   """The folder `path` of the run `config`; checked at once, made or written by `create`.
+
+  Of several processes all call these methods and process 0 writes.
 
   Raises:
     UserError: the folder cannot be written, or belongs to a run with another config.
@@ -46,6 +49,9 @@ class Workdir:
 
   def create(self) -> None:
     """Makes the folder and writes config.json, each time: a continued run may go on for longer."""
+    processes.barrier("workdir checked")           # by all, before one of them changes it
+    if not processes.is_main():
+      return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       content = {"config": self._config.to_dict(), "environment": environment()}
@@ -64,12 +70,16 @@ class Workdir:
 
   def write_json(self, name: str, content) -> None:
     """Writes a JSON file that appears whole or not at all."""
+    if not processes.is_main():
+      return
     partial = self.path / f".{name}.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, self.path / name)
 
   def open_metrics(self, step: int, tensorboard: bool) -> None:
     """Cuts metrics.jsonl back to `step` and opens it for appending."""
+    if not processes.is_main():
+      return
     file = self.path / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     kept = []
@@ -88,6 +98,8 @@ class Workdir:
 
   def log(self, step: int, seconds: float, values: dict[str, float]) -> None:
     """One line of metrics.jsonl, and the same to TensorBoard."""
+    if self._metrics is None:
+      return
     self._metrics.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
     self._metrics.flush()
     if self._board:
@@ -102,7 +114,7 @@ class Workdir:
   def cached(self, name: str, draw) -> Samples:
     """Samples from `NAME.npz`, or from `draw()`, which are then kept there."""
     file = self.path / "evaluations" / f"{name}.npz"
-    if file.exists():
+    if processes.agreed(file.exists()):
       try:
         with np.load(file) as arrays:
           return Samples.from_arrays(dict(arrays))
@@ -114,6 +126,8 @@ class Workdir:
 
   def keep(self, name: str, samples: Samples) -> None:
     """Writes Samples to `NAME.npz`, whole or not at all."""
+    if not processes.is_main():
+      return
     file = self.path / "evaluations" / f"{name}.npz"
     file.parent.mkdir(exist_ok=True)
     partial = file.with_name(f".{name}.partial.npz")

@@ -54,14 +54,14 @@ DRIVER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import conftest, runs
-from jaxalign import configs_lib
+from jaxalign import command, configs_lib
 from jaxalign.train import loop
 import json, pathlib
 
 where, step_of_death, folder = sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+die = lambda: os.kill(os.getpid(), signal.SIGTERM if where == "notice" else signal.SIGKILL)
 
-if where == "update":
+if where in ("update", "notice"):
   original = loop.Programs.update
   def update(self, state, experience, rewards, step):
     out = original(self, state, experience, rewards, step)     # dispatched, not awaited
@@ -79,17 +79,18 @@ else:                                    # all files written, the directory not 
     cls.finalize = finalize
 tree = json.loads((folder / "config.json").read_text())["config"]
 tree["train"]["steps"] = 4
-loop.run(configs_lib.parse(tree), folder)
+sys.exit(command.exit_status(lambda: loop.run(configs_lib.parse(tree), folder)))
 """
 
 
 def killed(where, step, folder):
-  """Continues the run in `folder` in a process that dies by SIGKILL."""
+  """Continues the run in `folder` in a process that kills itself; returns its standard error."""
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
   tests = pathlib.Path(__file__).resolve().parent.parent
   done = subprocess.run([sys.executable, "-c", DRIVER, str(tests), where, str(step), str(folder)],
                         env=env, capture_output=True, text=True, timeout=500)
-  assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+  assert done.returncode == (143 if where == "notice" else -signal.SIGKILL), done.stderr[-3000:]
+  return done.stderr
 
 
 def test_kill_in_a_checkpoint_and_in_a_step():
@@ -108,6 +109,27 @@ def test_kill_in_a_checkpoint_and_in_a_step():
   assert not (path / "summary.json").exists()
   runs.run("killed", train__steps=4)
   assert_same_run(whole, path)
+
+
+def test_sigterm_saves_at_once():
+  """Between checkpoints, and before the evaluation that is due then; neither is lost."""
+  rare = dict(train__checkpoint_every=100)
+  whole = runs.run("rare 4", train__steps=4, **rare)
+  path = runs.run("rare 1+1+2", train__steps=1, **rare)
+  (path / "summary.json").unlink()
+  shutil.rmtree(path / "export")
+  assert "saved at step 2; the same command continues" in killed("notice", 2, path)
+  assert (path / "checkpoints" / "2").is_dir() and not (path / "samples/step_000002.png").exists()
+  assert [line["step"] for line in runs.metrics(path)] == [1, 2]
+  runs.run("rare 1+1+2", train__steps=4, **rare)
+  # What was evaluated later has a line of its own.
+  lines = runs.without_seconds(path)
+  assert [line["step"] for line in lines] == [1, 2, 2, 3, 4]
+  lines[1:3] = [{**lines[1], **lines[2]}]
+  assert lines == runs.without_seconds(whole)
+  (state, progress), (other, _) = (restored(p, **rare) for p in (path, whole))
+  assert all(a.tobytes() == b.tobytes() for a, b in zip(*map(jax.tree.leaves, (state, other))))
+  assert not progress["look_due"]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint():
