@@ -40,7 +40,6 @@ setuptools.setup(
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "ruff>=0.12"],
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],
         "tpu": ["jax[tpu]"],
-        "plan": ["jax[tpu]"],          # libtpu, which --plan compiles with on any machine
         "cuda": ["jax[cuda12]"],
     },
 )
