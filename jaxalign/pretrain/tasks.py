@@ -27,10 +27,9 @@ from jaxalign.rewards.emoji import ASSETS
 HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
 LOW, HIGH = 0.2, 0.6
 NAMES = 8                         # of a set, at most
-CANDIDATES = 256                  # names to choose from
-CHOICE = 5                        # samples of a name to choose it by
+CANDIDATES = 320                  # names to choose from
+SCREEN, CHOICE = 6, 24            # samples of a name to find candidates, and to choose by
 SAMPLES = 10                      # of a held-out prompt, to report
-
 
 
 class TaskSet(NamedTuple):
@@ -44,8 +43,9 @@ class TaskSet(NamedTuple):
 
 SETS = (
     TaskSet("emoji", "rewards: nabla-GFlowNet, ReFL, DRaFT, AlignProp, DDPO, B2-DiffuRL, "
-            "Diff-Instruct*, DNO, best-of-N", "emoji_clip", "emoji_rank", (None,)),
+            "Diff-Instruct*", "emoji_clip", "emoji_rank", (None,)),
     TaskSet("emoji", "preferences: MaPO, Diffusion-DPO, SFT", "pairs", "emoji_twemoji"),
+    TaskSet("emoji_styles", "noise: DNO, best-of-N", "emoji_style", "emoji_styled", emoji.STYLES),
 )
 
 
@@ -65,19 +65,31 @@ def rewards_of(pipeline, captions: list[str], names: tuple[str, ...], seed: int,
 def choose(pipeline, names: list[str], task: TaskSet) -> list[tuple[str, str | None]]:
   """At most `NAMES` (name, style) with a success between `LOW` and `HIGH`.
 
-  Of `CANDIDATES` drawn by hash, those whose reward varies most among `CHOICE` samples: where all
-  images are alike, there is nothing to choose between.
+  `SCREEN` samples of each say which are worth `CHOICE` more, and those alone decide: names kept for
+  few samples would partly be kept for their luck. Among them, those whose reward varies most in
+  the direction that the judge confirms (standard deviation times correlation): where all images
+  are alike there is nothing to choose between, where the judge disagrees nothing is gained.
   """
-  entries = sorted(((name, style) for name in names for style in task.styles),
-                   key=lambda entry: zlib.crc32(str(entry).encode()))[:CANDIDATES]
+  entries = [(name, style) for name in names for style in task.styles]
+  entries = sorted(entries, key=lambda entry: zlib.crc32(str(entry).encode()))[:CANDIDATES]
   colours = [c for c in emoji.COLOURS if c not in HELD_OUT_COLOURS]
-  captions = [emoji.caption(name, colours[k % len(colours)], style)
-              for name, style in entries for k in range(CHOICE)]
-  scores = rewards_of(pipeline, captions, (task.reward, task.success), 1, f"choosing {task.label}")
-  rate = (scores[task.success] > 0).reshape(-1, CHOICE).mean(1)
-  spread = scores[task.reward].reshape(-1, CHOICE).std(1)
-  kept = np.flatnonzero((rate >= LOW) & (rate <= HIGH))
-  return [entries[i] for i in sorted(kept, key=lambda i: -spread[i])[:NAMES]]
+  inside = lambda rate: (rate >= LOW) & (rate <= HIGH)
+
+  def scores(entries, samples, seed, label):
+    captions = [emoji.caption(name, colours[k % len(colours)], style)
+                for name, style in entries for k in range(samples)]
+    rewards = rewards_of(pipeline, captions, (task.reward, task.success, "emoji_judge"), seed,
+                         f"{label} {task.label}")
+    return [rewards[name].reshape(-1, samples)
+            for name in (task.reward, task.success, "emoji_judge")]
+
+  kept = inside((scores(entries, SCREEN, 0, "screening")[1] > 0).mean(1))
+  entries = [entry for entry, keep in zip(entries, kept, strict=True) if keep]
+  reward, success, judge = scores(entries, CHOICE, 1, "choosing")
+  apart = lambda x: x - x.mean(1, keepdims=True)
+  agreed = (apart(reward) * apart(judge)).mean(1) / np.maximum(judge.std(1), 1e-6)
+  kept = np.flatnonzero(inside((success > 0).mean(1)))
+  return [entries[i] for i in sorted(kept, key=lambda i: -agreed[i])[:NAMES]]
 
 
 def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) -> list[dict]:
@@ -117,7 +129,8 @@ def page(table: list[dict]) -> str:
       f"{percent(row['base_success'])} |" for row in table)
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
   return template.substitute(low=f"{100 * LOW:.0f}", high=f"{100 * HIGH:.0f}", rows=rows,
-                             candidates=CANDIDATES, choice=CHOICE, samples=SAMPLES)
+                             candidates=CANDIDATES, screen=SCREEN, names=NAMES, choice=CHOICE,
+                             samples=SAMPLES)
 
 
 def main(argv=None) -> None:

@@ -207,7 +207,7 @@ def emoji_clip() -> Reward:
 def emoji_rank() -> Reward:
   """1 if `emoji_clip` ranks the prompt first among 20, else 0: a sparse reward. No gradient.
 
-  The 19 others name other emoji in the prompt's place; which ones depends on the prompt alone.
+  The 19 others name other emoji in its place; which ones depends on the name alone.
   Prompts read "a NAME on a COLOUR background", with or without a style.
   """
   clip = emoji_clip()
@@ -220,7 +220,7 @@ def emoji_rank() -> Reward:
       if not parts:
         raise UserError(f"prompt {prompt!r}: emoji_rank reads 'a NAME on a COLOUR background'")
       others = [name for name in names if name != parts[1]]
-      chosen = np.random.default_rng(zlib.crc32(prompt.encode())).permutation(len(others))[:19]
+      chosen = np.random.default_rng(zlib.crc32(parts[1].encode())).permutation(len(others))[:19]
       texts += [prompt] + [f"a {others[i]}{parts[2]}" for i in chosen]
     ids = clip.prepare(texts)["input_ids"]
     return {"input_ids": ids.reshape(len(prompts), 20, -1)}
