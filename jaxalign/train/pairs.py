@@ -67,8 +67,7 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path) -> np.ndarray:
     size = exp.config.eval.batch
     params = processes.put(exp.pipeline.params["vae"], sharding.replicated(exp.mesh))
     encode = jax.jit(functools.partial(encode_images, vae))
-    pixels = shape[2] * vae.factor
-    batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, pixels))
+    batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, *exp.pipeline.image_size))
                .batch(size).to_iter_dataset(grain.ReadOptions(num_threads=8,
                                                               prefetch_buffer_size=8)))
     partial = file.with_name(f".{file.name}.partial")
