@@ -20,8 +20,8 @@ from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 RECIPES = [
-  "nabla_gfn:emoji", "nabla_gfn:smoke", *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
-  "ddpo:emoji", "ddpo:smoke", "ddpo:sd15",
+  "nabla_gfn:emoji", "nabla_gfn:smoke", "nabla_gfn:sd15", "nabla_gfn:sdxl", *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
+  "ddpo:emoji", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
