@@ -8,8 +8,8 @@ Arguments after a colon:
            six minutes by the count of operations; not measured, nor is the reward at the end.
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
-  sdxl     the same for Stable Diffusion XL at 1024 px in bfloat16, the clip range for its four times
-           larger latents; nothing is published
+  sdxl     the same for Stable Diffusion XL at 1024 px in bfloat16, with the clip range for latents
+           four times as large; nothing is published
 """
 from jaxalign import configs_lib
 

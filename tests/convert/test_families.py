@@ -144,6 +144,7 @@ def test_guided_sample_equals_that_of_pytorch(loaded, family, size):
   close(sample(pipeline, latents, sampler), images)
 
 
+@pytest.mark.slow
 def test_turbo_in_one_step_equals_pytorch(loaded):
   """The spacing of the checkpoint puts the only step at 999."""
   diffusers = pytest.importorskip("diffusers")

@@ -10,7 +10,8 @@ from jaxalign.convert import load_pipeline
 from jaxalign.train import dry_run
 from jaxalign.train.experiment import build
 
-RECIPES = ("nabla_gfn", "mapo", "diffusion_dpo", "draft", "ddpo", "dno")
+RECIPES = ("nabla_gfn", "mapo", *(pytest.param(name, marks=pytest.mark.slow)
+                                  for name in ("diffusion_dpo", "draft", "ddpo", "dno")))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_conditioning_and_size_of_a_run(folder):
   assert "add_embedding" in flow
 
 
+@pytest.mark.slow
 def test_samples_have_the_size_that_is_asked_for(folder):
   pipeline = load_pipeline(folder)
   chosen = configs_lib.SampleConfig(steps=2, height=8, width=24)
