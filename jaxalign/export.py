@@ -1,7 +1,7 @@
 """Command line: `python -m jaxalign.export --checkpoint=DIR --format=diffusers|flax --output=DIR`.
 
-Writes the tuned model, adapters merged, so that PyTorch diffusers (`StableDiffusionPipeline`) or
-its Flax classes (`FlaxStableDiffusionPipeline`) load it.
+Writes the tuned model, adapters merged, so that PyTorch diffusers (`StableDiffusionPipeline`,
+`StableDiffusionXLPipeline`) or its Flax classes (`FlaxStableDiffusionPipeline`) load it.
 """
 import pathlib
 import sys
