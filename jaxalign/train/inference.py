@@ -56,7 +56,7 @@ def _run(cfg, path, devices, stack) -> dict:
   if cfg.train.keep_best:
     raise UserError("train.keep_best=True chooses among policies, and this run trains none")
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
-  workdir = Workdir(path, cfg)
+  workdir = Workdir(path, cfg, {"data.eval_prompts": prompts})
   finished = read_finished(workdir.path, cfg)
   if finished:
     say(f"{path}: this run is finished; see {path / 'summary.json'}")

@@ -46,7 +46,7 @@ def _run(cfg, path, devices, stack) -> dict:
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
   pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
   method_module = methods.load(cfg.method_name)
-  workdir = Workdir(path, cfg)
+  workdir = Workdir(path, cfg, {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts})
   finished = read_finished(workdir.path, cfg)
   if finished:
     say(f"{path}: this run is finished; see {path / 'summary.json'}")
@@ -339,8 +339,8 @@ def report(workdir, bar, step, seconds, values, terms, prompts, *, size, look) -
     workdir.write_json(file.name, {"step": step, "values": {n: str(v) for n, v in values.items()},
                                    "prompts": prompts})
     raise UserError(f"step {step}: {', '.join(bad)} is not finite (batch in {file}); lower "
-                    "optim.lr or method.beta in another --workdir; the checkpoints of this one are "
-                    "sound")
+                    "optim.lr, or the method's strength, in another --workdir; the checkpoints of "
+                    "this one are sound")
   workdir.log(step, seconds, {**values, **look()})
   bar.n = step
   shown = {name.split("/")[1]: f"{values[name]:.4f}"
