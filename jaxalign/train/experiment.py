@@ -28,7 +28,11 @@ ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """What a run works with. `frozen` and `judge_params` lie on the mesh."""
+  """What a run works with. `frozen` and `judge_params` lie on the mesh.
+
+  `put(tree, shardings)` places host arrays; in an outline, which has shapes in place of arrays, it
+  says where they would lie.
+  """
   config: Config
   mesh: Mesh
   pipeline: Pipeline
@@ -37,8 +41,12 @@ class Experiment:
   judge: Reward
   frozen: Any
   judge_params: Any
-  put_batch: Callable          # host tree with leading batch axis -> device, sharded
+  put: Callable
   encode: Callable             # token ids [B, L] -> cond tree
+
+  def put_batch(self, tree):
+    """A host tree with leading batch axis, split over the mesh."""
+    return self.put(tree, sharding.batch_sharding(self.mesh))
 
   def embed(self, prompts: list[str]):
     """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`."""
@@ -68,9 +76,12 @@ def gather(table, prompt_ids, sample_ids) -> dict:
           "prompt_ids": prompt_ids, "sample_ids": sample_ids}
 
 
-def build(cfg: Config, devices=None) -> Experiment:
+def build(cfg: Config, devices=None, outline: Pipeline | None = None) -> Experiment:
   """Loads and places everything that `cfg` names.
 
+  Args:
+    outline: a pipeline whose `params` are shapes, in place of the one that `cfg` names. Then
+      nothing is placed or computed, and `devices` may be those of a machine that is not there.
   Raises:
     UserError: a key or file of the config is at fault.
   """
@@ -80,17 +91,27 @@ def build(cfg: Config, devices=None) -> Experiment:
   judge = make_reward((cfg.eval.judge,), (1.0,)).parts[0][2]
   if getattr(judge, "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
-  pipeline = open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat)
+  put = processes.put if outline is None else placed_shapes
+  pipeline = outline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat)
+  encode = pipeline.encode_prompts
+  encode = jax.jit(encode) if outline is None else functools.partial(jax.eval_shape, encode)
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
     pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
   models = make_models(cfg, pipeline, reward)
-  frozen = processes.put(models.frozen, sharding.param_shardings(models.frozen, mesh))
-  text = processes.put(pipeline.params["text_encoder"], sharding.replicated(mesh))
+  frozen = put(models.frozen, sharding.param_shardings(models.frozen, mesh))
+  text = put(pipeline.params["text_encoder"], sharding.replicated(mesh))
   return Experiment(
       config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
-      frozen=frozen, judge_params=processes.put(judge.params, sharding.replicated(mesh)),
-      put_batch=functools.partial(processes.put, shardings=sharding.batch_sharding(mesh)),
-      encode=functools.partial(jax.jit(pipeline.encode_prompts), text))
+      frozen=frozen, judge_params=put(judge.params, sharding.replicated(mesh)), put=put,
+      encode=functools.partial(encode, text))
+
+
+def placed_shapes(tree, shardings):
+  """`jax.ShapeDtypeStruct`s that say where the arrays (or shapes) of a tree would lie."""
+  place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda a: place(a, shardings), tree)
+  return jax.tree.map(place, tree, shardings)
 
 
 def open_pipeline(path: str, dtype: str = "float32", remat: str = "none") -> Pipeline:
