@@ -41,13 +41,13 @@ def ours(path, prompts, steps):
 
   @jax.jit
   def draw(params, ids, uncond_ids, key):
-    conditioning = Conditioning(pipeline.encode_prompts(params["text_encoder"], ids),
-                                pipeline.encode_prompts(params["text_encoder"], uncond_ids))
+    conditioning = Conditioning(pipeline.encode_prompts(params, ids),
+                                pipeline.encode_prompts(params, uncond_ids))
     trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key,
                          jnp.arange(ids.shape[0]), pipeline.latent_shape)
     return decode_images(pipeline.vae, params["vae"], trajectory.final)
   ids, uncond = jax.device_put(
-      (pipeline.tokenizer(prompts), pipeline.tokenizer([""] * len(prompts))),
+      (pipeline.tokenize(prompts), pipeline.tokenize([""] * len(prompts))),
       sharding.batch_sharding(mesh))
   return lambda i: np.asarray(draw(params, ids, uncond, jax.random.key(i)))
 

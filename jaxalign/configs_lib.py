@@ -26,6 +26,8 @@ class ModelConfig:
   Attributes:
     path: diffusers directory or hub id; `jaxalign:emoji` is the embedded model, `jaxalign:fixture`
       a random-weight one for tests.
+    unet: weights in place of those of `path`'s UNet, such as a one-step generator's for SDXL: a
+      file (safetensors; a PyTorch pickle is read with `weights_only`) or a folder. Empty: its own.
     teacher: a second model of the same architecture, for methods that compare with one
       (Diff-Instruct*); empty is the model itself.
     adapter: "lora", or "full" for all weights of the UNet.
@@ -35,6 +37,7 @@ class ModelConfig:
     remat: "none", or "block" to keep less activation memory in gradients.
   """
   path: str = "jaxalign:emoji"
+  unet: str = ""
   teacher: str = ""
   adapter: Literal["lora", "full"] = "lora"
   lora_rank: Count = 16
@@ -98,6 +101,7 @@ class SampleConfig:
       told that its noise lies, 1 to 999; 0 takes the checkpoint's.
     spacing: "leading", "trailing", "linspace", or empty for the checkpoint's.
     final: "alpha0" (stochastic last step), "one", or empty for the checkpoint's.
+    height, width: of the images in pixels; 0 for the size the checkpoint was made for.
   """
   batch: Count = 16
   steps: Count = 20
@@ -108,6 +112,8 @@ class SampleConfig:
   variance: Literal["small", "large"] = "small"
   spacing: Literal["", "leading", "trailing", "linspace"] = ""
   final: Literal["", "alpha0", "one"] = "alpha0"
+  height: Whole = 0
+  width: Whole = 0
 
   def __post_init__(self):
     check("sample", self)

@@ -35,6 +35,8 @@ _NEGATIVE = _FLAGS.define("string", "negative_prompt", "", "What to steer away f
 _STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
 _GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
 _ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_HEIGHT = _FLAGS.define("integer", "height", None, "Pixels; as in the run, else the model's.")
+_WIDTH = _FLAGS.define("integer", "width", None, "Pixels; as in the run, else the model's.")
 _BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", lower_bound=1)
 
 
@@ -52,13 +54,13 @@ def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 
   key = jax.device_put(rng.stream(jax.random.key(seed), rng.EVAL), everywhere)
   total = len(prompts) * n
   batch = -(-min(batch, total) // mesh.size) * mesh.size
-  uncond = encode(params["text_encoder"], pipeline.tokenizer([negative_prompt] * batch))
+  uncond = encode(params, pipeline.tokenize([negative_prompt] * batch))
   images = []
   with tqdm(total=total, desc="sampling", unit="img") as bar:
     for start in range(0, total, batch):
       ids = np.arange(start, start + batch, dtype=np.int32)
       rows = [prompts[i] for i in np.minimum(ids, total - 1) // n]    # the last batch is filled up
-      cond = encode(params["text_encoder"], pipeline.tokenizer(rows))
+      cond = encode(params, pipeline.tokenize(rows))
       inputs = jax.device_put((Conditioning(cond, uncond), ids), rows_apart)
       images.append(np.asarray(draw(params, inputs[0], key, inputs[1])))
       bar.update(min(batch, total - start))
@@ -68,7 +70,8 @@ def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 
 
 @functools.lru_cache(maxsize=4)     # a notebook that calls `generate` again compiles nothing again
 def _programs(pipeline: Pipeline, sample: SampleConfig):
-  """`encode(text encoder, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
+  """`encode(params, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
+  pipeline = pipeline.resized(sample.height, sample.width)
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, sample.steps, kind=sample.kind, eta=sample.eta,
                          spacing=sample.spacing, final=sample.final, variance=sample.variance,
@@ -93,7 +96,8 @@ def main(argv) -> None:
     raise UserError(f"--prompts={text}: no such file")
   prompts = read_prompts("--prompts", text) if is_file else [text]
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
-  chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value}
+  chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value,
+            "height": _HEIGHT.value, "width": _WIDTH.value}
   pipeline = load_tuned(checkpoint)
   base = (cfg.sample if cfg else own_sampler(pipeline)).__dict__
   sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})

@@ -375,8 +375,7 @@ def float_images(pipeline, latents, prompts, steps=10, guidance=3.0):
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, steps, eta=0.0, final="")
   eps = guided_eps(pipeline.denoise, schedule, guidance)
-  encode = lambda texts: pipeline.encode_prompts(
-      pipeline.params["text_encoder"], pipeline.tokenizer(texts))
+  encode = lambda texts: pipeline.encode_prompts(pipeline.text_params, pipeline.tokenize(texts))
   conditioning = Conditioning(encode(prompts), encode([""] * len(prompts)))
 
   @jax.jit

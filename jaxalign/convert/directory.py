@@ -11,31 +11,37 @@ import jax
 
 from jaxalign.convert import weights
 from jaxalign.errors import UserError
-from jaxalign.models.pipeline import MODELS, Pipeline
+from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
 
 FORMATS = ("diffusers", "flax")
-PIPELINES = ("StableDiffusionPipeline",)
+XL = "StableDiffusionXLPipeline"
+PIPELINES = ("StableDiffusionPipeline", XL)
 
-# Component -> (library, supported classes; None for any). Flax names carry the prefix "Flax".
+# Component -> supported classes; None for any. Flax names carry the prefix "Flax".
 _COMPONENTS = {
-    "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
-    "text_encoder": ("transformers", ("CLIPTextModel",)),
-    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "scheduler": ("diffusers", None),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": None,
 }
-_CONFIG_FILES = {name: "config.json" for name in MODELS} | {"scheduler": "scheduler_config.json"}
+_XL_COMPONENTS = _COMPONENTS | {
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": _COMPONENTS["tokenizer"],
+}
 _FLAX_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
                     "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler")
 
 
-def load_pipeline(path, *, dtype="float32", remat: str = "none") -> Pipeline:
-  """Reads a Stable Diffusion checkpoint.
+def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none") -> Pipeline:
+  """Reads a checkpoint of Stable Diffusion 1.x, 2.x (and its Turbo form) or XL.
 
   Args:
     path: directory in diffusers' layout with safetensors (one file or sharded) or Flax msgpack
       weights; or a hub id `organisation/name`, if `huggingface_hub` is installed.
+    unet: weights that take the place of the directory's UNet, of the same architecture: a file, or
+      a folder like `unet/`. Only here a pickled file is read, through torch's `weights_only`.
     dtype: what the networks compute in; parameters are f32 in any case.
     remat: "none" or "block", see `UNet2DConditionModel`.
   Raises:
@@ -44,20 +50,23 @@ def load_pipeline(path, *, dtype="float32", remat: str = "none") -> Pipeline:
   folder = _resolve(path)
   configs = {"model_index": _read_json(folder / "model_index.json")}
   _check_index(folder / "model_index.json", configs["model_index"])
-  for name in _COMPONENTS:
+  tokenizers = {}
+  for name in _components(configs["model_index"]):
     if not (folder / name).is_dir():
       raise UserError(f"{folder / name}: component is missing")
-  for name, file in _CONFIG_FILES.items():
-    configs[name] = _read_json(folder / name / file)
-  tokenizer = Tokenizer.load(folder / "tokenizer")
+    if name.startswith("tokenizer"):
+      tokenizers[name] = Tokenizer.load(folder / name)
+    else:
+      configs[name] = _read_json(folder / name / _config_file(name))
   try:
-    pipeline = Pipeline.build(configs, tokenizer, {}, dtype=dtype, remat=remat)
+    pipeline = Pipeline.build(configs, **tokenizers, params={}, dtype=dtype, remat=remat)
   except UserError as error:
     raise UserError(f"{folder}: {error}") from error
   shapes = pipeline.param_shapes()
   params, stored, extras = {}, {}, {}
-  for name in MODELS:
-    params[name], stored[name], extras[name] = weights.load(folder / name, name, shapes[name])
+  for name in pipeline.networks:
+    source = pathlib.Path(unet) if unet and name == "unet" else folder / name
+    params[name], stored[name], extras[name] = weights.load(source, name, shapes[name])
   return dataclasses.replace(pipeline, params=params, stored=stored, extras=extras)
 
 
@@ -71,7 +80,8 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
   Args:
     pipeline: what to write.
     path: the directory; new, empty, or a checkpoint.
-    format: "diffusers" for `StableDiffusionPipeline`, "flax" for `FlaxStableDiffusionPipeline`.
+    format: "diffusers" for the PyTorch class that it was read from, "flax" for
+      `FlaxStableDiffusionPipeline`, which is there for all but Stable Diffusion XL.
     params: `{"unet": tree, ...}` to write instead of the pipeline's own; may name some models only.
     dtype: "float32", "float16" or "bfloat16"; None keeps each tensor as it was stored.
   Raises:
@@ -82,7 +92,7 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
   if dtype is not None and dtype not in weights.DTYPES:
     raise UserError(f"dtype: {dtype!r} is not one of {', '.join(weights.DTYPES)}")
   params = {**pipeline.params, **(params or {})}
-  _check_params(pipeline.params, params)
+  _check_params(pipeline.networks, pipeline.params, params)
   path = pathlib.Path(path)
   if path.exists() and not (path / "model_index.json").is_file() and (
       not path.is_dir() or any(path.iterdir())):
@@ -92,23 +102,26 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
     new = pathlib.Path(temporary) / "new"
-    for name, file in _CONFIG_FILES.items():
+    for name in (*pipeline.networks, "scheduler"):
       (new / name).mkdir(parents=True)
-      _write_json(new / name / file, configs[name])
-    for name in MODELS:
+      _write_json(new / name / _config_file(name), configs[name])
+    for name in pipeline.networks:
       weights.save(new / name, name, params[name], pipeline.stored.get(name, {}),
                    pipeline.extras.get(name, {}), format=format, dtype=dtype)
     pipeline.tokenizer.save(new / "tokenizer")
+    if pipeline.tokenizer_2:
+      pipeline.tokenizer_2.save(new / "tokenizer_2")
     _write_json(new / "model_index.json", configs["model_index"])
     if not path.exists():
       os.rename(new, path)
       return
     # The index goes first and comes back last: in between, the directory is not a checkpoint.
     (path / "model_index.json").unlink(missing_ok=True)
-    for name in (*_COMPONENTS, "model_index.json"):
+    for name in (*_XL_COMPONENTS, "model_index.json"):
       if (path / name).exists():
         os.rename(path / name, pathlib.Path(temporary) / f"old_{name}")
-      os.rename(new / name, path / name)
+      if (new / name).exists():
+        os.rename(new / name, path / name)
 
 
 def _resolve(path) -> pathlib.Path:
@@ -127,7 +140,7 @@ def _resolve(path) -> pathlib.Path:
   import huggingface_hub
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        str(path), allow_patterns=["model_index.json"] + [f"{name}/*" for name in _COMPONENTS],
+        str(path), allow_patterns=["model_index.json"] + [f"{name}/*" for name in _XL_COMPONENTS],
         ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*"]))
   except Exception as error:  # the library raises its own errors and those of its HTTP client
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -150,12 +163,21 @@ def _write_json(file: pathlib.Path, content: dict) -> None:
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _components(index: dict) -> dict[str, tuple[str, ...] | None]:
+  """What the directory of this `model_index.json` has, and of which classes it may be."""
+  return _XL_COMPONENTS if index["_class_name"] == XL else _COMPONENTS
+
+
+def _config_file(name: str) -> str:
+  return "scheduler_config.json" if name == "scheduler" else "config.json"
+
+
 def _check_index(file: pathlib.Path, index: dict) -> None:
   kind = str(index.get("_class_name"))
-  if kind.removeprefix("Flax") not in PIPELINES:
-    raise UserError(f"{file}: _class_name {kind!r} is not supported (only {', '.join(PIPELINES)} "
-                    "and its Flax form)")
-  for name, (_, classes) in _COMPONENTS.items():
+  if kind not in (*PIPELINES, f"Flax{PIPELINES[0]}"):
+    raise UserError(f"{file}: _class_name {kind!r} is not supported (only "
+                    f"{', '.join(PIPELINES)}, and the first one's Flax form)")
+  for name, classes in _components(index).items():
     value = index.get(name)
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
       raise UserError(f"{file}: component {name!r} is missing")
@@ -164,9 +186,9 @@ def _check_index(file: pathlib.Path, index: dict) -> None:
                       f"(only {' or '.join(classes)})")
 
 
-def _check_params(own: dict, given: dict) -> None:
+def _check_params(networks: tuple[str, ...], own: dict, given: dict) -> None:
   """ValueError unless `given` has the names and shapes of the pipeline's own parameters."""
-  for name in MODELS:
+  for name in networks:
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree[name]) for tree in (own, given)]
     if shapes[0] != shapes[1]:
       raise ValueError(f"params: the {name} tree differs from the pipeline's in names or shapes")
@@ -182,17 +204,20 @@ def _export_configs(configs: dict[str, dict], format: str, dtype: str | None) ->
   for name in ("unet", "vae", "scheduler"):
     if "_class_name" in configs[name]:
       configs[name]["_class_name"] = renamed(configs[name]["_class_name"])
-  for key in ("dtype", "torch_dtype"):  # newer transformers versions load in this dtype
-    if dtype and key in configs["text_encoder"]:
-      configs["text_encoder"][key] = dtype
+  for name in configs.keys() & {"text_encoder", "text_encoder_2"}:
+    for key in ("dtype", "torch_dtype"):  # newer transformers versions load in this dtype
+      if dtype and key in configs[name]:
+        configs[name][key] = dtype
   index = configs["model_index"]
   index["_class_name"] = renamed(index["_class_name"])
-  for name in (*MODELS, "scheduler"):
+  for name in configs.keys() - {"model_index"}:
     index[name] = [index[name][0], renamed(index[name][1])]
   # Components that we neither need nor carry, such as the safety checker, are declared absent.
-  for name in ("feature_extractor", "image_encoder", "safety_checker"):
+  for name in ("feature_extractor", "image_encoder"):
     index[name] = [None, None]
-  index["requires_safety_checker"] = False
+  if index["_class_name"] == XL:
+    return configs
+  index["safety_checker"], index["requires_safety_checker"] = [None, None], False
   if format == "flax":
     # The Flax class takes "absent" only with the library named, and has no other optional parts.
     index["feature_extractor"] = ["transformers", None]
@@ -203,6 +228,8 @@ def _export_configs(configs: dict[str, dict], format: str, dtype: str | None) ->
 
 def _check_flax(configs: dict[str, dict]) -> None:
   """UserError where diffusers' Flax classes would silently compute something else."""
+  if configs["model_index"]["_class_name"] == XL:
+    raise UserError(f"format: flax is not written for {XL}")
   for model, key, only in (("unet", "norm_num_groups", (32,)), ("unet", "norm_eps", (1e-5,)),
                            ("vae", "shift_factor", (None, 0, 0.0))):
     if configs[model].get(key, only[0]) not in only:

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxalign.errors import UserError
 from jaxalign.models import layers
 from jaxalign.models.layers import Conv, Dense, check_config
 
@@ -133,8 +134,12 @@ class AutoencoderKL(nn.Module):
     """The model of a checkpoint's `vae/config.json`.
 
     Raises:
-      UserError: a key has a value that this implementation cannot represent exactly.
+      UserError: a key has a value that this implementation cannot represent exactly, or the
+        checkpoint overflows in `dtype`.
     """
+    if json_dict.get("force_upcast") and jnp.dtype(dtype) == jnp.float16:
+      raise UserError(f"{WHERE} config: force_upcast = True, which this checkpoint needs since it "
+                      "overflows in float16; choose dtype bfloat16 or float32")
     # FlaxAutoencoderKL and PyTorch agree on every default; a null scale means the default as well.
     json_dict = {k: v for k, v in json_dict.items() if k != "scaling_factor" or v is not None}
     return cls(layers.read_config(VAEConfig, json_dict, _FIXED, WHERE), jnp.dtype(dtype))

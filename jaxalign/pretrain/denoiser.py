@@ -169,7 +169,8 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
   def loss(params, batch):
     noise, t = batch["noise"], batch["t"]
     x_t = schedule.add_noise(batch["latents"], noise, t)
-    cond = pipeline.encode_prompts(params["text"], batch["tokens"])
+    cond = pipeline.encode_prompts({"text_encoder": params["text"]},
+                                   {"text_encoder": batch["tokens"]})
     gap = pipeline.denoise({"params": params["unet"]}, x_t, t, cond) - noise
     each = jnp.square(gap).mean((1, 2, 3))
     clean = (t < steps // 3).astype(jnp.float32)

@@ -47,7 +47,7 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
   params = jax.device_put({name: pipeline.params[name] for name in ("unet", "vae")}, everywhere)
   key = jax.device_put(jax.random.key(seed), everywhere)
   encode = jax.jit(pipeline.encode_prompts)
-  text = lambda prompts: encode(pipeline.params["text_encoder"], pipeline.tokenizer(prompts))
+  text = lambda prompts: encode(pipeline.text_params, pipeline.tokenize(prompts))
   empty = jax.tree.map(lambda a: jnp.repeat(a, _BATCH, 0), text([""]))
   images = []
   with tqdm(total=len(captions), desc=label, unit="img", leave=False) as bar:

@@ -17,7 +17,8 @@ def describe(cfg: Config) -> str:
   policy = jax.eval_shape(models.init_policy, jax.random.key(0), models.frozen["base"])
   size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   counts = {"policy (trained)": policy, "unet": models.frozen["base"],
-            "vae": models.frozen["decoder"], "text encoder": exp.pipeline.params["text_encoder"],
+            "vae": models.frozen["decoder"],
+            **{name.replace("_", " "): tree for name, tree in exp.pipeline.text_params.items()},
             "reward": models.frozen["reward"]}
   lines = [json.dumps(cfg.to_dict(), indent=2), ""]
   for name, tree in counts.items():

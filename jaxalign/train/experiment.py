@@ -42,7 +42,7 @@ class Experiment:
   frozen: Any
   judge_params: Any
   put: Callable
-  encode: Callable             # token ids [B, L] -> cond tree
+  encode: Callable             # token ids, as `Pipeline.tokenize` returns them -> cond tree
 
   def put_batch(self, tree):
     """A host tree with leading batch axis, split over the mesh."""
@@ -50,7 +50,7 @@ class Experiment:
 
   def embed(self, prompts: list[str]):
     """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`."""
-    cond = [processes.fetch(self.encode(self.pipeline.tokenizer(prompts[i:i + 64])))
+    cond = [processes.fetch(self.encode(self.pipeline.tokenize(prompts[i:i + 64])))
             for i in range(0, len(prompts), 64)]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *cond)
 
@@ -92,14 +92,16 @@ def build(cfg: Config, devices=None, outline: Pipeline | None = None) -> Experim
   if getattr(judge, "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
   put = processes.put if outline is None else placed_shapes
-  pipeline = outline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat)
+  pipeline = outline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
+                                      cfg.model.unet)
+  pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
   encode = pipeline.encode_prompts
   encode = jax.jit(encode) if outline is None else functools.partial(jax.eval_shape, encode)
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
     pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
   models = make_models(cfg, pipeline, reward)
   frozen = put(models.frozen, sharding.param_shardings(models.frozen, mesh))
-  text = put(pipeline.params["text_encoder"], sharding.replicated(mesh))
+  text = put(pipeline.text_params, sharding.replicated(mesh))
   return Experiment(
       config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
       frozen=frozen, judge_params=put(judge.params, sharding.replicated(mesh)), put=put,
@@ -114,21 +116,26 @@ def placed_shapes(tree, shardings):
   return jax.tree.map(place, tree, shardings)
 
 
-def open_pipeline(path: str, dtype: str = "float32", remat: str = "none") -> Pipeline:
-  """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline."""
+def open_pipeline(path: str, dtype: str = "float32", remat: str = "none",
+                  unet: str = "") -> Pipeline:
+  """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
+
+  `unet` names weights that take the place of the UNet's, see `load_pipeline`.
+  """
+  load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat)
   if not path:
     raise UserError("model.path is empty: name a diffusers directory or a hub id")
   if path == "jaxalign:fixture":
     from jaxalign.testing.fixture import make_pipeline_dir
     with tempfile.TemporaryDirectory() as folder:
       make_pipeline_dir(f"{folder}/fixture", image_size=32)
-      return load_pipeline(f"{folder}/fixture", dtype=dtype, remat=remat)
+      return load(f"{folder}/fixture")
   if path.startswith("jaxalign:"):
     folder = ASSETS / path.removeprefix("jaxalign:")
     if not folder.is_dir():
       raise UserError(f"model.path={path}: no model of this name is shipped")
-    return load_pipeline(folder, dtype=dtype, remat=remat)
-  return load_pipeline(path, dtype=dtype, remat=remat)
+    return load(folder)
+  return load(path)
 
 
 def own_sampler(pipeline: Pipeline) -> SampleConfig:
@@ -176,15 +183,15 @@ def _teacher(path: str, pipeline: Pipeline):
   shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
   if shapes(other.params["unet"]) != shapes(pipeline.params["unet"]):
     raise UserError(f"model.teacher={path}: its UNet has another architecture than model.path")
-  same = jax.tree.map(np.array_equal, *(p.params["text_encoder"] for p in (other, pipeline)))
-  if not all(jax.tree.leaves(same)):
+  if shapes(other.text_params) != shapes(pipeline.text_params) or not all(jax.tree.leaves(
+      jax.tree.map(np.array_equal, other.text_params, pipeline.text_params))):
     raise UserError(f"model.teacher={path}: its text encoder differs from that of model.path")
   return other.params["unet"]
 
 
 def make_flow_net(pipeline: Pipeline) -> FlowNet:
   """A small UNet on the same inputs, with zero-initialised output."""
-  size = pipeline.latent_shape[0]
+  size = min(pipeline.latent_shape[:2])
   config = dict(pipeline.configs["unet"])
   # The published sizes for 64x64 latents; two levels are all that 8x8 ones have room for.
   widths = (64, 128, 256, 256) if size >= 32 else (32, 64)

@@ -196,7 +196,7 @@ def ours(pipeline):
   """Our own numbers: inputs, conditions, prediction, image."""
   x = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
   ids = pipeline.tokenizer(PROMPTS)
-  cond = jax.jit(pipeline.encode_prompts)(pipeline.params["text_encoder"], ids)
+  cond = jax.jit(pipeline.encode_prompts)(pipeline.text_params, {"text_encoder": ids})
   out = jax.jit(pipeline.denoise)({"params": pipeline.params["unet"]}, x, jnp.array(321), cond)
   images = jax.jit(lambda p, z: decode_images(pipeline.vae, p, z))(pipeline.params["vae"], x)
   return x, ids, np.asarray(cond["text"]), np.asarray(out), np.asarray(images)
