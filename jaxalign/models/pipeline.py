@@ -13,6 +13,7 @@ from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import AutoencoderKL
 
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
   """How a tensor lies on disk: its name in the file and its dtype, such as "float16"."""
