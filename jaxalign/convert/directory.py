@@ -34,7 +34,8 @@ _FLAX_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepSchedul
                     "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler")
 
 
-def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none") -> Pipeline:
+def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
+                  shapes_only: bool = False) -> Pipeline:
   """Reads a checkpoint of Stable Diffusion 1.x, 2.x (and its Turbo form) or XL.
 
   Args:
@@ -44,6 +45,7 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none")
       a folder like `unet/`. Only here a pickled file is read, through torch's `weights_only`.
     dtype: what the networks compute in; parameters are f32 in any case.
     remat: "none" or "block", see `UNet2DConditionModel`.
+    shapes_only: reads no weights, of which there need be none; `params` are shapes then.
   Raises:
     UserError: one line that names the file or config key at fault.
   """
@@ -63,6 +65,8 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none")
   except UserError as error:
     raise UserError(f"{folder}: {error}") from error
   shapes = pipeline.param_shapes()
+  if shapes_only:
+    return dataclasses.replace(pipeline, params=shapes)
   params, stored, extras = {}, {}, {}
   for name in pipeline.networks:
     source = pathlib.Path(unet) if unet and name == "unet" else folder / name

@@ -116,13 +116,14 @@ def placed_shapes(tree, shardings):
   return jax.tree.map(place, tree, shardings)
 
 
-def open_pipeline(path: str, dtype: str = "float32", remat: str = "none",
-                  unet: str = "") -> Pipeline:
+def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: str = "",
+                  shapes_only: bool = False) -> Pipeline:
   """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
 
-  `unet` names weights that take the place of the UNet's, see `load_pipeline`.
+  `unet` names weights that take the place of the UNet's; for `shapes_only` see `load_pipeline`.
   """
-  load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat)
+  load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
+                           shapes_only=shapes_only)
   if not path:
     raise UserError("model.path is empty: name a diffusers directory or a hub id")
   if path == "jaxalign:fixture":
