@@ -110,7 +110,7 @@ def _run(cfg, path, devices, stack) -> dict:
   content = lambda: {"method": state, **({"best": best} if cfg.train.keep_best else {})}
   # `look_due`: saved, on SIGTERM, before the evaluation of that step.
   progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
-              "best_judge": float(base_watch.scores["judge"].mean())}
+              "update_bytes": 0, "best_judge": float(base_watch.scores["judge"].mean())}
   step = checkpoints.latest_step() or 0
   if step:
     saved, progress = checkpoints.restore(content(), step)
@@ -126,6 +126,7 @@ def _run(cfg, path, devices, stack) -> dict:
     save_pictures(workdir, "samples/step_000000.png", base_watch, watched, cfg)
   if step < cfg.train.steps and not progress["stopped"]:
     say(programs.compile(state))
+    progress["update_bytes"] = programs.update_bytes
   before = progress["seconds"]
   clock = time.monotonic()
   pending = None                       # metrics of the step before, fetched while the next one runs
@@ -215,7 +216,8 @@ def _run(cfg, path, devices, stack) -> dict:
       "device": f"{exp.mesh.devices.flat[0].platform} x{exp.mesh.size}",
       "stopped": progress["stopped"], "trainable_parameters": int(n_trainable),
       "base": describe(base), "tuned": compare(tuned, base, base_again),
-      "cost": {**updates, "peak_bytes": peak_bytes(exp)},
+      "cost": {**updates, "update_bytes": progress.get("update_bytes", 0),
+               "peak_bytes": peak_bytes(exp)},
   }
   if method.tilt is not None:
     summary["exact_tilt"] = exact_tilt(float(method.tilt(state)), base, base_again)
@@ -239,6 +241,7 @@ class Programs:
     ids = np.arange(exp.config.sample.batch, dtype=np.int32)
     self._ids, self._example = exp.put_batch(ids), self._put(ids)
     self._collect = self._update = None
+    self.update_bytes = 0                 # of one device, known once compiled
 
   def init(self):
     """The initial state, made on the devices where it stays."""
@@ -272,9 +275,9 @@ class Programs:
         bar.update()
     self._collect, self._update = programs
     processes.barrier("compiled")
-    memory = self._update.memory_analysis()
-    temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
-    return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
+    self.update_bytes = needed_bytes(self._update)
+    return (f"compiled in {time.monotonic() - begun:.0f} s, update needs "
+            f"{self.update_bytes / 2**20:.0f} MiB")
 
   def lowered(self, state) -> dict[str, jax.stages.Lowered]:
     """The programs "collect" and "update" for this state (arrays or shapes), not compiled yet."""
@@ -419,6 +422,15 @@ def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
       not cfg.train.max_seconds or summary["seconds"] < cfg.train.max_seconds)
   done = summary["steps"] >= cfg.train.steps or (summary["stopped"] and not more_time)
   return summary if done else None
+
+
+def needed_bytes(compiled) -> int:
+  """Bytes of one device that a compiled program takes, by XLA's own buffer assignment."""
+  memory = compiled.memory_analysis()
+  if memory is None:                      # some backends do not say
+    return 0
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def peak_bytes(exp: Experiment) -> int:
