@@ -1,6 +1,9 @@
 """One network's weight files: found, read, checked tensor by tensor, and written."""
+import importlib.util
 import json
 import pathlib
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,10 +22,11 @@ _SHOWN = 3  # tensors named per kind of mismatch
 
 
 def _base(model: str, format: str) -> str:
-  """The file name that transformers (text encoder) and diffusers (the rest) look for."""
+  """The file name that transformers (CLIP towers) and diffusers (the rest) look for."""
+  text = model.startswith(("text_encoder", "clip"))
   if format == "flax":
-    return "flax_model.msgpack" if model == "text_encoder" else "diffusion_flax_model.msgpack"
-  return "model.safetensors" if model == "text_encoder" else "diffusion_pytorch_model.safetensors"
+    return "flax_model.msgpack" if text else "diffusion_flax_model.msgpack"
+  return "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
 
 
 def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -54,8 +58,39 @@ def _read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
                     f"({type(error).__name__})") from error
 
 
-def _read(folder: pathlib.Path, model: str) -> tuple[pathlib.Path, str, dict[str, np.ndarray]]:
-  """The weight file of `folder`, its format and its tensors under their own names."""
+def _read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
+  """A PyTorch state dict; only for a file that the user has named."""
+  if importlib.util.find_spec("torch") is None:
+    raise UserError(f"{file}: pickled weights need torch to be read; install it, or convert them "
+                    "to safetensors")
+  import torch
+  try:
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)  # what open_clip's training writes
+    # numpy has no bfloat16 of its own, and torch knows no other.
+    return {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
+            for name, x in state.items()}
+  except (OSError, RuntimeError, EOFError, AttributeError, TypeError,
+          pickle.UnpicklingError) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{file}: not a PyTorch state dict of plain tensors ({reason})") from error
+
+
+def _read(source: pathlib.Path, model: str) -> tuple[pathlib.Path, str, dict[str, np.ndarray]]:
+  """The weight file at or in `source`, its format and its tensors under their own names."""
+  if source.is_file():
+    readers = {".safetensors": _read_safetensors, ".msgpack": _read_msgpack,
+               **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _read_pickle)}
+    if source.suffix not in readers:
+      raise UserError(f"{source}: not a weight file, which ends in {', '.join(readers)}")
+    format = "flax" if source.suffix == ".msgpack" else "diffusers"
+    return source, format, readers[source.suffix](source)
+  if not source.is_dir():
+    raise UserError(f"{source}: no such file or folder")
+  return _read_folder(source, model)
+
+
+def _read_folder(folder: pathlib.Path, model: str):
   torch, flax = _base(model, "diffusers"), _base(model, "flax")
   half = torch.replace(".safetensors", ".fp16.safetensors")
   for name, read, format in ((torch, _read_safetensors, "diffusers"),
@@ -89,19 +124,24 @@ def _check(file: pathlib.Path, expected: dict[str, tuple], tensors: dict[str, np
     raise UserError(f"{file}: tensors do not fit config.json ({'; '.join(found)})")
 
 
-def load(folder: pathlib.Path, model: str, shapes) -> tuple[Any, dict, dict]:
+def load(source: pathlib.Path, model: str, shapes,
+         adapt: Callable[[dict], dict] = lambda tensors: tensors) -> tuple[Any, dict, dict]:
   """Reads one network.
 
   Args:
-    folder: holds the weight file or files.
-    model: "unet", "vae" or "text_encoder".
+    source: the folder that holds the weight file or files; or one file, named by the user.
+    model: "unet", "vae", "text_encoder", "text_encoder_2", "clip" (both towers) or "head".
     shapes: the expected tree of `jax.ShapeDtypeStruct`.
+    adapt: `tensors -> tensors`, from the names and layouts of a PyTorch file to those of
+      transformers or diffusers, before they are matched with `shapes`.
   Returns:
     The tree of numpy f32 arrays, `Stored` by parameter path, and tensors that are no parameters.
   Raises:
     UserError: no usable weights, or they do not fit `shapes`.
   """
-  file, format, tensors = _read(folder, model)
+  file, format, tensors = _read(source, model)
+  if format == "diffusers":
+    tensors = adapt(tensors)
   shapes = {path: leaf.shape for path, leaf in
             traverse_util.flatten_dict(shapes, sep="/").items()}
   # Buffers that old transformers versions saved; kept for the way back.
@@ -115,9 +155,10 @@ def load(folder: pathlib.Path, model: str, shapes) -> tuple[Any, dict, dict]:
     arrays = tensors
   else:
     _check(file, {standard[p]: names.torch_shape(p, s) for p, s in shapes.items()}, tensors)
-    arrays = {path: names.from_torch(path, tensors[standard[path]]) for path in shapes}
+    # One after the other, so that a large network is not held twice.
+    arrays = {path: names.from_torch(path, tensors.pop(standard[path])) for path in shapes}
   stored = {path: Stored(standard[path], str(arrays[path].dtype)) for path in shapes}
-  params = {path: np.asarray(arrays[path], np.float32) for path in shapes}
+  params = {path: np.asarray(arrays.pop(path), np.float32) for path in shapes}
   return traverse_util.unflatten_dict(params, sep="/"), stored, extras
 
 
