@@ -54,7 +54,8 @@ class RewardConfig:
   """What is maximised: a weighted sum.
 
   Attributes:
-    names: built-in names or `path/to/file.py:function`.
+    names: built-in names, `NAME:WHERE` for published weights (docs/rewards.md), or
+      `path/to/file.py:function`.
     weights: one factor a name.
   """
   names: tuple[str, ...] = ("emoji_clip",)
