@@ -17,7 +17,10 @@ from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
 from jaxalign.models import lora
+from jaxalign.models.architectures import ARCHITECTURES
+from jaxalign.models.architectures import outline as architecture
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import decode_images
 from jaxalign.rewards import HostReward, Reward, make_reward
@@ -120,6 +123,7 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
                   shapes_only: bool = False) -> Pipeline:
   """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
 
+  `jaxalign:sd15` and `jaxalign:sdxl` are architectures without weights, for `shapes_only`.
   `unet` names weights that take the place of the UNet's; for `shapes_only` see `load_pipeline`.
   """
   load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
@@ -132,7 +136,13 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
       make_pipeline_dir(f"{folder}/fixture", image_size=32)
       return load(f"{folder}/fixture")
   if path.startswith("jaxalign:"):
-    folder = ASSETS / path.removeprefix("jaxalign:")
+    name = path.removeprefix("jaxalign:")
+    if name in ARCHITECTURES:
+      if not shapes_only:
+        raise UserError(f"model.path={path}: an architecture without weights, for --plan only")
+      return architecture(name, Tokenizer.load(ASSETS / "emoji" / "tokenizer"), dtype=dtype,
+                          remat=remat)
+    folder = ASSETS / name
     if not folder.is_dir():
       raise UserError(f"model.path={path}: no model of this name is shipped")
     return load(folder)

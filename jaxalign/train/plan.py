@@ -131,7 +131,10 @@ def table_shapes(exp: Experiment, prompts: int = 64) -> dict:
 
 def embedded(exp: Experiment, prompts: int):
   """Shapes of the embeddings of so many prompts."""
-  return exp.encode(exp.pipeline.tokenize([""] * prompts))
+  lengths = {name: getattr(exp.pipeline, name).config.max_position_embeddings
+             for name in exp.pipeline.text_encoders}
+  return exp.encode({name: jax.ShapeDtypeStruct((prompts, length), np.int32)
+                     for name, length in lengths.items()})
 
 
 class PairShapes:
