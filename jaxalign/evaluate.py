@@ -16,7 +16,7 @@ from jaxalign import configs_lib, rng, sharding
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
 from jaxalign.train.evaluation import Evaluator, compare, describe
-from jaxalign.train.experiment import build, open_pipeline, own_sampler, read_prompts
+from jaxalign.train.experiment import build, own_sampler, read_prompts
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
