@@ -162,7 +162,8 @@ def load(source: pathlib.Path, model: str, shapes,
   return traverse_util.unflatten_dict(params, sep="/"), stored, extras
 
 
-def _cast(path: str, x, dtype: str) -> np.ndarray:
+def cast(path: str, x, dtype: str) -> np.ndarray:
+  """`x` as numpy array of one of `DTYPES`; UserError if float16 cannot hold its values."""
   x = np.asarray(x)
   with np.errstate(over="ignore"):
     y = x.astype(jnp.dtype(dtype))
@@ -179,7 +180,7 @@ def save(folder: pathlib.Path, model: str, params, stored: dict[str, Stored],
   for path, x in traverse_util.flatten_dict(params, sep="/").items():
     name = names.new_vae_name(names.torch_name(path)) if model == "vae" else names.torch_name(path)
     target = stored.get(path, Stored(name, "float32"))
-    x = _cast(path, x, dtype or target.dtype)
+    x = cast(path, x, dtype or target.dtype)
     if format == "flax":
       arrays[path] = x
     else:

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from jaxalign import processes, sharding
 from jaxalign.configs_lib import Config, SampleConfig
-from jaxalign.convert import load_pipeline
+from jaxalign.convert import load_adapter, load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
 from jaxalign.models import lora
@@ -102,7 +103,12 @@ def build(cfg: Config, devices=None, outline: Pipeline | None = None) -> Experim
   encode = jax.jit(encode) if outline is None else functools.partial(jax.eval_shape, encode)
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
     pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
+  adapter = None
+  if cfg.model.lora and outline is None:        # of the same shapes as a new one
+    pipeline, adapter = _starting_adapter(cfg, pipeline)
   models = make_models(cfg, pipeline, reward)
+  if adapter is not None:
+    models.frozen["adapter"] = adapter
   frozen = put(models.frozen, sharding.param_shardings(models.frozen, mesh))
   text = put(pipeline.text_params, sharding.replicated(mesh))
   return Experiment(
@@ -163,14 +169,16 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) ->
                          spacing=cfg.sample.spacing, final=cfg.sample.final,
                          variance=cfg.sample.variance, timestep=cfg.sample.timestep)
   if cfg.model.adapter == "lora":
-    def init_policy(key, base):
-      return lora.init(key, base, cfg.model.lora_rank, cfg.model.lora_targets)
+    def init_policy(key, frozen):
+      if "adapter" in frozen:
+        return jax.tree.map(jnp.copy, frozen["adapter"])
+      return lora.init(key, frozen["base"], cfg.model.lora_rank, cfg.model.lora_targets)
 
     def combine(policy, base):
       return {"params": base} if policy is None else {"params": base, "lora": policy}
   else:
-    def init_policy(key, base):
-      return jax.tree.map(jnp.copy, base)
+    def init_policy(key, frozen):
+      return jax.tree.map(jnp.copy, frozen["base"])
 
     def combine(policy, base):
       return {"params": base if policy is None else policy}
@@ -198,6 +206,32 @@ def _teacher(path: str, pipeline: Pipeline):
       jax.tree.map(np.array_equal, other.text_params, pipeline.text_params))):
     raise UserError(f"model.teacher={path}: its text encoder differs from that of model.path")
   return other.params["unet"]
+
+
+def _starting_adapter(cfg: Config, pipeline: Pipeline):
+  """`model.lora`, that the policy starts from; or None, and the pipeline with it merged in."""
+  unet = pipeline.params["unet"]
+  try:
+    adapter = load_adapter(cfg.model.lora, unet)
+  except UserError as error:
+    raise UserError(f"model.lora={cfg.model.lora}: {error}") from error
+  if cfg.merges_lora:
+    merged = jax.device_get(lora.merge(unet, adapter))
+    return dataclasses.replace(pipeline, params={**pipeline.params, "unet": merged}), None
+  expected = jax.eval_shape(lambda: lora.init(
+      jax.random.key(0), unet, cfg.model.lora_rank, cfg.model.lora_targets))
+  want, have = (traverse_util.flatten_dict(tree, sep="/") for tree in (expected, adapter))
+  if want.keys() != have.keys():
+    path = min(want.keys() ^ have.keys())
+    raise UserError(f"model.lora={cfg.model.lora}: {'lacks' if path in want else 'also adapts'} "
+                    f"{path.rpartition('/')[0]}, unlike model.lora_targets="
+                    f"{','.join(cfg.model.lora_targets)}")
+  for path, leaf in want.items():
+    if leaf.shape != have[path].shape:
+      rank = have[path].shape[-1 if path.endswith("/a") else 0]
+      raise UserError(f"model.lora={cfg.model.lora}: has rank {rank} at "
+                      f"{path.rpartition('/')[0]}, and model.lora_rank={cfg.model.lora_rank}")
+  return pipeline, adapter
 
 
 def make_flow_net(pipeline: Pipeline) -> FlowNet:

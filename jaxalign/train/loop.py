@@ -70,7 +70,8 @@ def _run(cfg, path, devices, stack) -> dict:
       f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
   evaluate = Evaluator(exp)
   root = jax.random.key(cfg.seed)
-  untouched = jax.jit(exp.models.init_policy)(rng.stream(root, rng.INIT), exp.frozen["base"])
+  untouched = jax.jit(exp.models.init_policy)(rng.stream(root, rng.INIT),
+                                              {"base": exp.frozen["base"]})
   untouched = jax.device_put(untouched, sharding.param_shardings(untouched, exp.mesh))
 
   # ------------------------------------------------------------------ base model

@@ -267,7 +267,7 @@ def fake_method(monkeypatch, change):
 
     def init(key, frozen, batch):
       del batch
-      return {"trainable": {"policy": models.init_policy(key, frozen["base"])}}
+      return {"trainable": {"policy": models.init_policy(key, frozen)}}
 
     def collect(state, frozen, batch, key):
       del state, frozen
