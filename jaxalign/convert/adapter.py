@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import re
-import zipfile
 
 import numpy as np
 import safetensors
@@ -122,11 +121,14 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     path = pickled[0]
   if not path.is_file():
     raise UserError(f"{path}: no such file or folder")
-  # PyTorch's files are ZIP archives, whatever they are called.
-  if path.suffix in _PICKLES or zipfile.is_zipfile(path):
-    raise UserError(f"{path}: pickled weights are refused, they can run code when loaded; "
-                    "convert them to safetensors")
+  if path.suffix in _PICKLES:
+    raise _pickled(path)
   return path
+
+
+def _pickled(file: pathlib.Path) -> UserError:
+  return UserError(f"{file}: pickled weights are refused, they can run code when loaded; convert "
+                   "them to safetensors")
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -134,6 +136,8 @@ def _read(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with safetensors.safe_open(file, "np") as content:
       return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}
   except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
+    if file.read_bytes()[:2] in (b"PK", b"\x80\x02"):   # PyTorch's archives and bare pickles
+      raise _pickled(file) from error
     raise UserError(f"{file}: truncated or corrupt safetensors file ({error})") from error
 
 

@@ -1,4 +1,4 @@
-"""LoRA files: PyTorch loads ours and we load PyTorch's, with equal outputs; errors name the file."""
+"""LoRA files: PyTorch loads ours and we load PyTorch's, with equal outputs."""
 import json
 import re
 
@@ -111,6 +111,7 @@ def test_pytorch_loads_our_adapter(apply, pipeline, folder, adapter, inputs, tmp
   np.testing.assert_allclose(theirs(other.unet, inputs), base, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_pytorch_loads_one_with_two_ranks(apply, pipeline, folder, inputs, tmp_path):
   params = pipeline.params["unet"]
   trees = [traverse_util.flatten_dict(lora.init(jax.random.key(0), params, rank, (target,)))
@@ -173,7 +174,7 @@ def test_older_names_and_alphas(pipeline, tmp_path):
     assert not any("lora_A" in name for name in read(old)[0])
     assert_same(load_adapter(old, pipeline.params["unet"]), adapter)
   # An alpha beside the factors: the rank is 2, so 4 doubles and 2 changes nothing.
-  alpha = write(tmp_path / "alpha", tensors | {f"unet.{Q}.alpha": np.float32(4)})
+  alpha = write(tmp_path / "alpha", tensors | {f"unet.{Q}.alpha": np.array(4, np.float32)})
   found = load_adapter(alpha, pipeline.params["unet"])
   layer = "mid_block/attentions_0/transformer_blocks_0/attn1/to_q/b"
   flat, plain = (traverse_util.flatten_dict(t, sep="/") for t in (found, adapter))
