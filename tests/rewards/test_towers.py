@@ -90,9 +90,11 @@ def with_gradient(function, images):
 
 
 def score_and_gradient(reward, images, prompts=PROMPTS):
-  prepared = reward.prepare(prompts)
-  total = lambda x: (lambda s: (s.sum(), s))(reward.score(reward.params, x, prepared))
-  (_, scores), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(images)
+  def total(images, params, prepared):
+    scores = reward.score(params, images, prepared)
+    return scores.sum(), scores
+  (_, scores), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(
+      images, reward.params, reward.prepare(prompts))
   return np.asarray(scores), np.asarray(gradient)
 
 
@@ -315,6 +317,34 @@ def test_parameters_of_both_towers(vision, text, width):
   assert count({k: ours[k] for k in ("vision_model", "visual_projection")}) == sum(
       p.numel() for part in (theirs.vision_model, theirs.visual_projection)
       for p in part.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vision, text, width, name", [
+    (LARGE, LARGE_TEXT, 768, "clip_score"), (HUGE, HUGE_TEXT, 1024, "pickscore")])
+def test_full_size(vision, text, width, name, tmp_path):
+  """ViT-L/14 and ViT-H/14 as they are published, on a picture of 300x200; 14 GiB for the latter."""
+  tokenizer = make_tokenizer()
+  config = transformers.CLIPConfig(
+      vision_config=vision, text_config=dict(text, eos_token_id=tokenizer.eos_id),
+      projection_dim=width)
+  torch.manual_seed(0)
+  model = transformers.CLIPModel(config).eval()
+  model.save_pretrained(tmp_path, safe_serialization=True)
+  tokenizer.save(tmp_path)
+  images = np.random.default_rng(0).uniform(size=(3, 300, 200, 3)).astype(np.float32)
+  images = images ** np.asarray([1, 2, 3])[:, None, None, None].astype(np.float32)
+  scaled = name == "pickscore"
+  offset = floor if scaled else half
+  fit = lambda x: torch_crop(x, 224, offset)
+  expected, slope = with_gradient(reference(tmp_path, model, fit, scaled=scaled), images)
+  del model
+  reward = make_reward((f"{name}:{tmp_path}",), (1.0,))
+  (tmp_path / "model.safetensors").unlink()      # gigabytes
+  scores, gradient = score_and_gradient(reward, images)
+  assert np.ptp(expected) > 1e-3
+  np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=1e-5)
+  assert_gradient(gradient, slope)
 
 
 def test_names_without_where(clip, images, tmp_path):
