@@ -8,6 +8,7 @@ import runs
 
 from jaxalign.errors import UserError
 from jaxalign.train import plan
+from jaxalign.train.experiment import open_pipeline
 
 HLO = """
 HloModule m
@@ -69,6 +70,18 @@ def test_advice(changes, arguments, temporary, words):
   exp = type("Exp", (), {"mesh": CHIP})
   needs = {"update": need(arguments * plan.GIB, temporary * plan.GIB)}
   assert words in " ".join(plan.advice(cfg, plan.CHIPS["v5e"], exp, needs))
+
+
+@pytest.mark.parametrize("name, counts", [
+    ("sd15", {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}),
+    ("sdxl", {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480,
+              "text_encoder_2": 694_659_840})])
+def test_architectures_have_the_published_sizes(name, counts):
+  pipeline = open_pipeline(f"jaxalign:{name}", shapes_only=True)
+  assert {network: sum(leaf.size for leaf in jax.tree.leaves(tree))
+          for network, tree in pipeline.params.items()} == counts
+  with pytest.raises(UserError, match=f"model.path=jaxalign:{name}"):
+    open_pipeline(f"jaxalign:{name}")
 
 
 @pytest.mark.parametrize("target", ["v5e", "v9:2x2", "gpu:", "gpu:big", "v5e:4by4"])
