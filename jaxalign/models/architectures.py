@@ -43,8 +43,10 @@ ARCHITECTURES = {
 }
 
 
-def outline(name: str, tokenizer: Tokenizer, *, dtype="float32", remat="none") -> Pipeline:
-  """The pipeline of `ARCHITECTURES[name]` with shapes for `params`; `tokenizer` stands in."""
+def architecture(name: str, tokenizer: Tokenizer, *, shapes_only: bool, dtype="float32",
+                 remat="none") -> Pipeline:
+  """The pipeline of `ARCHITECTURES[name]` with shapes or random weights; `tokenizer` stands in."""
   configs = {key: dict(value) for key, value in ARCHITECTURES[name].items()}
-  pipeline = Pipeline.build(configs, tokenizer, {}, tokenizer_2=tokenizer, dtype=dtype, remat=remat)
-  return dataclasses.replace(pipeline, params=pipeline.param_shapes())
+  pipeline = Pipeline.build(configs, tokenizer, {} if shapes_only else None,
+                            tokenizer_2=tokenizer, dtype=dtype, remat=remat)
+  return dataclasses.replace(pipeline, params=pipeline.param_shapes()) if shapes_only else pipeline

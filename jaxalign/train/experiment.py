@@ -18,8 +18,7 @@ from jaxalign.convert import load_adapter, load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
 from jaxalign.models import lora
-from jaxalign.models.architectures import ARCHITECTURES
-from jaxalign.models.architectures import outline as architecture
+from jaxalign.models.architectures import ARCHITECTURES, architecture
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.unet import UNet2DConditionModel
@@ -80,12 +79,12 @@ def gather(table, prompt_ids, sample_ids) -> dict:
           "prompt_ids": prompt_ids, "sample_ids": sample_ids}
 
 
-def build(cfg: Config, devices=None, outline: Pipeline | None = None) -> Experiment:
+def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experiment:
   """Loads and places everything that `cfg` names.
 
   Args:
-    outline: a pipeline whose `params` are shapes, in place of the one that `cfg` names. Then
-      nothing is placed or computed, and `devices` may be those of a machine that is not there.
+    pipeline: in place of the one that `cfg` names. Where its `params` are shapes, nothing is placed
+      or computed, and `devices` may be those of a machine that is not there.
   Raises:
     UserError: a key or file of the config is at fault.
   """
@@ -95,16 +94,17 @@ def build(cfg: Config, devices=None, outline: Pipeline | None = None) -> Experim
   judge = make_reward((cfg.eval.judge,), (1.0,)).parts[0][2]
   if getattr(judge, "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
-  put = processes.put if outline is None else placed_shapes
-  pipeline = outline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
-                                      cfg.model.unet)
+  pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
+                                       cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
+  outline = isinstance(jax.tree.leaves(pipeline.params["unet"])[0], jax.ShapeDtypeStruct)
+  put = placed_shapes if outline else processes.put
   encode = pipeline.encode_prompts
-  encode = jax.jit(encode) if outline is None else functools.partial(jax.eval_shape, encode)
+  encode = functools.partial(jax.eval_shape, encode) if outline else jax.jit(encode)
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
     pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
   adapter = None
-  if cfg.model.lora and outline is None:        # of the same shapes as a new one
+  if cfg.model.lora and not outline:        # of the same shapes as a new one
     pipeline, adapter = _starting_adapter(cfg, pipeline)
   models = make_models(cfg, pipeline, reward)
   if adapter is not None:
@@ -146,8 +146,8 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
     if name in ARCHITECTURES:
       if not shapes_only:
         raise UserError(f"model.path={path}: an architecture without weights, for --plan only")
-      return architecture(name, Tokenizer.load(ASSETS / "emoji" / "tokenizer"), dtype=dtype,
-                          remat=remat)
+      return architecture(name, Tokenizer.load(ASSETS / "emoji" / "tokenizer"), shapes_only=True,
+                          dtype=dtype, remat=remat)
     folder = ASSETS / name
     if not folder.is_dir():
       raise UserError(f"model.path={path}: no model of this name is shipped")
