@@ -8,12 +8,14 @@ Arguments after a colon:
            six minutes by the count of operations; not measured, nor is the reward at the end.
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
+  sdxl     the same for Stable Diffusion XL at 1024 px in bfloat16, with the clip range for latents
+           four times as large; nothing is published
 """
 from jaxalign import configs_lib
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"))
+  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
   config = configs_lib.default("ddpo", "ddpo:" + (arg or "emoji"))
   if size == "emoji":
     # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
@@ -41,4 +43,8 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 200, 20, 20
     config.train.patience = 0                   # the judge knows emoji only
     config.eval.batch = 16
+    if size == "sdxl":
+      config.model.dtype, config.model.remat = "bfloat16", "block"
+      config.method.clip_range /= 4             # of the mean over latent elements
+      config.optim.accumulate = 16
   return config

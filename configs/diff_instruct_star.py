@@ -33,7 +33,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.warmup = 1e-4, 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 20, 20
   elif size == "sdxl":
-    config.model.path = config.model.teacher = ""        # --config.model.path=DIR, .teacher=DIR
+    config.model.path = config.model.teacher = ""        # both SDXL's DIR; model.unet=FILE
     config.model.dtype, config.model.remat, config.model.lora_rank = "bfloat16", "block", 64
     config.sample.timestep, config.sample.batch = 399, 64
     config.method.guidance, config.method.warmup = 7.5, 200

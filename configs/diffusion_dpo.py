@@ -12,8 +12,7 @@ Arguments after a colon:
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
-  sdxl     the same for SDXL; a record of the settings until checkpoints with two text encoders can
-           be read. AdamW stands in for Adafactor
+  sdxl     the same for SDXL; AdamW stands in for Adafactor; not measured
 
 The paper states lr = 2.048e-8 (2000 / beta); its launch scripts amount to 2.05e-5, a thousand times
 as much. The recipes have the 1e-6 in between at which others found the former to train too little.

@@ -8,6 +8,7 @@ Arguments after a colon, separated by commas:
   smoke    random-weight fixture, three updates, for tests
   sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give
            --config.model.path, --config.reward.names and --config.data.prompts
+  sdxl     the same for Stable Diffusion XL in bfloat16, for which nothing is published
   full, one, lv    DRaFT through all steps, DRaFT-1, DRaFT-LV
 """
 from jaxalign import configs_lib
@@ -15,7 +16,7 @@ from jaxalign.methods.reward_gradient import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
   config = configs_lib.default("draft", "draft:" + (arg or "emoji"))
   if size == "emoji":
     config.method.backprop_steps = 5
@@ -28,6 +29,8 @@ def get_config(arg="emoji"):
     config.model.path = ""                  # --config.model.path=DIR
     config.train.patience = 0               # the judge knows emoji only
     config.model.lora_rank, config.model.remat = 8, "block"
+    if size == "sdxl":
+      config.model.dtype = "bfloat16"
     config.method.backprop_steps = 10
     config.sample.batch, config.sample.steps, config.sample.guidance = 4, 50, 7.5
     config.sample.eta, config.sample.final = 0.0, ""

@@ -12,8 +12,7 @@ Arguments after a colon, joined by commas:
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, all of the UNet trained, with the hyperparameters that
            were published for SDXL; not measured
-  sdxl     published settings for SDXL on Pick-a-Pic v2; a record of them until checkpoints with two
-           text encoders can be read
+  sdxl     published settings for SDXL on Pick-a-Pic v2; not measured
   release, paper_power, paper_scaled    the objective of the released code, and two readings of the
            paper's equation 11, at beta = 8
 """

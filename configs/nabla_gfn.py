@@ -5,6 +5,10 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward emoji_clip (default)
   smoke    random-weight fixture, three updates, for tests
+  sd15     Stable Diffusion 1.x or 2.x: adapter, optimiser, sampler and trajectories per update of
+           the published fast setting, our defaults of the method; not measured. Give
+           --config.model.path, --config.reward.names and, for other prompts, --config.data
+  sdxl     the same for Stable Diffusion XL, for which nothing is published
   paper, release, no_flow, final_latent    method presets, see docs/methods/nabla_gfn.md
 """
 from jaxalign import configs_lib
@@ -12,7 +16,7 @@ from jaxalign.methods.nabla_gfn import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke"), PRESETS)
+  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
   config = configs_lib.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
   if size == "emoji":
     # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
@@ -21,8 +25,20 @@ def get_config(arg="emoji"):
     config.method.perturbations, config.method.perturb_std = 2, 0.8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 32
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
-  else:
+  elif size == "smoke":
     configs_lib.make_smoke(config)
+  else:
+    config.model.path = ""                      # --config.model.path=DIR
+    config.model.lora_rank = 8
+    config.model.dtype, config.model.remat = "bfloat16", "block"
+    config.data.prompts, config.data.eval_prompts = (
+        "jaxalign:animals_train", "jaxalign:animals_heldout")
+    config.method.strata = 5
+    config.sample.batch, config.sample.steps, config.sample.guidance = 32, 50, 5.0
+    config.optim.lr, config.optim.weight_decay, config.optim.accumulate = 1e-3, 1e-4, 4
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 400, 50, 50
+    config.train.patience = 0                   # the judge knows emoji only
+    config.eval.batch = 8
   for preset in presets:
     config.method.update(PRESETS[preset])
   if size == "smoke":

@@ -12,8 +12,7 @@ Arguments after a colon:
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
-  sdxl     the same for SDXL; a record of the settings until checkpoints with two text encoders can
-           be read
+  sdxl     the same for SDXL; not measured
 """
 from jaxalign import configs_lib
 

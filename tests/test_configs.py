@@ -20,8 +20,9 @@ from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 RECIPES = [
-  "nabla_gfn:emoji", "nabla_gfn:smoke", *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
-  "ddpo:emoji", "ddpo:smoke", "ddpo:sd15",
+  *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
+  *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
+  "ddpo:emoji", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
@@ -66,7 +67,7 @@ def test_presets_change_the_method_only():
   assert release.method.optimizer_repeats == 2 and not release.method.flow_target_stopgrad
   assert release.method.strata == smoke.method.strata == 2        # the size has the last word
   assert dataclasses.replace(release, method=smoke.method, recipe=smoke.recipe) == smoke
-  with pytest.raises(UserError, match="'relase' is unknown; there are emoji, smoke, paper"):
+  with pytest.raises(UserError, match="'relase' is unknown; there are emoji, .*, sdxl, paper"):
     runs.recipe("smoke,relase")
 
 

@@ -49,14 +49,14 @@ class Pairs:
   def __len__(self) -> int:
     return len(self.rows)
 
-  def images(self, i: int, size: int) -> np.ndarray:
-    """Pair `i` as `[2, size, size, 3]` uint8, the preferred image first.
+  def images(self, i: int, height: int, width: int) -> np.ndarray:
+    """Pair `i` as `[2, height, width, 3]` uint8, the preferred image first.
 
     Raises:
       UserError: an image cannot be read; names the row.
     """
     row = int(self.rows[i])
-    pair = [_read_image(content, f"{self.place(row)}: image {k}", size)
+    pair = [_read_image(content, f"{self.place(row)}: image {k}", height, width)
             for k, content in enumerate(self.load(row))]
     return np.stack(pair if self.labels[i] >= 0.5 else pair[::-1])
 
@@ -213,9 +213,8 @@ def _open_folder(folder: pathlib.Path) -> Pairs:
   return from_rows(rows, lambda i: f"{folder}: row {i + 1} ({rows[i]['image_0'].name})")
 
 
-def _read_image(content, place: str, size: int) -> np.ndarray:
-  """RGB `[size, size, 3]` uint8: the shorter side scaled to `size` (bilinear), the middle cut out.
-  """
+def _read_image(content, place: str, height: int, width: int) -> np.ndarray:
+  """RGB `[height, width, 3]` uint8: scaled to cover that (bilinear), the middle cut out."""
   if not isinstance(content, (bytes, pathlib.Path)):
     raise UserError(f"{place}: {type(content).__name__} is not the bytes of an image file")
   try:
@@ -225,8 +224,8 @@ def _read_image(content, place: str, size: int) -> np.ndarray:
   except (OSError, SyntaxError, ValueError, UnidentifiedImageError,
           Image.DecompressionBombError) as error:
     raise UserError(f"{place}: cannot be read ({error})") from error
-  scale = size / min(image.size)
-  width, height = (max(size, round(side * scale)) for side in image.size)
-  image = image.resize((width, height), Image.Resampling.BILINEAR)
-  left, top = (width - size) // 2, (height - size) // 2
-  return np.asarray(image.crop((left, top, left + size, top + size)))
+  scale = max(width / image.width, height / image.height)
+  scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+  image = image.resize(scaled, Image.Resampling.BILINEAR)
+  left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+  return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -67,8 +67,8 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path) -> np.ndarray:
     size = exp.config.eval.batch
     params = processes.put(exp.pipeline.params["vae"], sharding.replicated(exp.mesh))
     encode = jax.jit(functools.partial(encode_images, vae))
-    pixels = shape[2] * vae.factor
-    batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, pixels))
+    pixels = exp.pipeline.image_size
+    batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, *pixels))
                .batch(size).to_iter_dataset(grain.ReadOptions(num_threads=8,
                                                               prefetch_buffer_size=8)))
     partial = file.with_name(f".{file.name}.partial")

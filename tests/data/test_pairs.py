@@ -34,7 +34,7 @@ def write(path, rows, row_group_size=2):
 
 def first_colours(pairs):
   """Of each pair's first image, the preferred one: "r" or "b"."""
-  return "".join("rb"[int(pairs.images(i, 8)[0, 4, 4, 2] > 100)] for i in range(len(pairs)))
+  return "".join("rb"[int(pairs.images(i, 8, 8)[0, 4, 4, 2] > 100)] for i in range(len(pairs)))
 
 
 def test_parquet(tmp_path):
@@ -82,9 +82,9 @@ def test_bad_rows_are_named_at_once(tmp_path, changes, message):
 ])
 def test_bad_images_are_named_when_read(tmp_path, content, message):
   pairs = open_pairs(write(tmp_path / "a.parquet", [row(), row(), row(jpg_1=content)]), "drop")
-  pairs.images(1, 8)
+  pairs.images(1, 8, 8)
   with pytest.raises(UserError, match=message):
-    pairs.images(2, 8)
+    pairs.images(2, 8, 8)
 
 
 def test_files_that_are_no_pairs(tmp_path):
@@ -165,7 +165,7 @@ def test_images_are_scaled_and_cut_to_the_middle(tmp_path):
   buffer = io.BytesIO()
   Image.fromarray(wide).save(buffer, "png")
   rows = [row(jpg_0=buffer.getvalue(), jpg_1=picture(BLUE, (20, 40)))]
-  images = open_pairs(write(tmp_path / "a.parquet", rows), "drop").images(0, 8)
+  images = open_pairs(write(tmp_path / "a.parquet", rows), "drop").images(0, 8, 8)
   assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
   np.testing.assert_array_equal(images[0], np.broadcast_to(RED, (8, 8, 3)))
   np.testing.assert_array_equal(images[1], np.broadcast_to(BLUE, (8, 8, 3)))
@@ -183,7 +183,7 @@ def test_shipped_pairs():
   assert not set(pairs.captions) & set(read_prompts("", "jaxalign:emoji_heldout"))
   unseen = {name(prompt) for prompt in read_prompts("", "jaxalign:emoji_unseen")}
   assert unseen and not unseen & {name(caption) for caption in pairs.captions}
-  images = pairs.images(0, 32)
+  images = pairs.images(0, 32, 32)
   assert images.shape == (2, 32, 32, 3) and np.abs(images[0] - images[1].astype(int)).mean() > 1
 
 
@@ -199,5 +199,5 @@ def test_rows_of_drawings(tmp_path):
     emoji_pairs.main([f"--drawings={tmp_path / 'emoji.npz'}", f"--output={file}"])
   pairs = open_pairs(str(files[0]), "drop")
   assert len(pairs) == 1 and pairs.captions[0].startswith("a alembic on a ")    # penguin: unseen
-  assert pairs.images(0, 32)[:, 5, 5].tolist() == [list(RED), list(BLUE)]
+  assert pairs.images(0, 32, 32)[:, 5, 5].tolist() == [list(RED), list(BLUE)]
   assert files[0].read_bytes() == files[1].read_bytes()

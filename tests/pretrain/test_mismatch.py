@@ -57,7 +57,7 @@ def test_pairs_are_read_as_they_were_written(drawn, tmp_path):
   pairs = open_pairs(str(tmp_path / "r3.parquet"), "drop")
   assert pairs.captions == CAPTIONS
   for i in range(4):                               # the preferred image comes first
-    np.testing.assert_allclose(pairs.images(i, 32) / 255, np.stack([winners[i], losers[i]]),
+    np.testing.assert_allclose(pairs.images(i, 32, 32) / 255, np.stack([winners[i], losers[i]]),
                                atol=0.5 / 255 + 1e-6)
 
 
