@@ -22,6 +22,8 @@ def get_config(arg="emoji"):
   config.train.patience = 0                     # the judge is reported, and stops nothing
   config.eval.every = 0
   if size == "emoji":
+    config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
+    config.reward.names = ("emoji_style",)
     config.eval.prompts, config.eval.samples, config.eval.batch = 16, 2, 32
     config.train.steps, config.train.checkpoint_every = 3 * (14 + 1) - 1, 22
   elif size == "smoke":

@@ -9,7 +9,7 @@ The images are those of the evaluation: `eval.samples` of each of the first `eva
 `data.eval_prompts`; `data.prompts` is not read.
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip, and the best of N at the same cost beside it
+  emoji    the embedded model, reward emoji_style, and the best of N at the same cost beside it
            (default); about 6 minutes on two CPU cores are aimed at, not measured
   smoke    random-weight fixture, three updates, for tests
   sd15     published settings for Stable Diffusion 1.x on 45 animals; not measured here. Give
@@ -27,6 +27,8 @@ def get_config(arg="emoji"):
   config.optim.b2 = 0.999
   config.train.patience = 0                     # the judge is reported, and stops nothing
   if size == "emoji":
+    config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
+    config.reward.names = ("emoji_style",)
     config.eval.prompts, config.eval.samples, config.eval.batch = 16, 2, 32
     config.train.steps, config.train.checkpoint_every, config.eval.every = 14, 7, 7
     config.optim.lr = 2e-2

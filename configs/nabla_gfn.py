@@ -23,8 +23,8 @@ def get_config(arg="emoji"):
     # prompt share, which is what a policy can learn.
     config.method.beta = 14.0
     config.method.perturbations, config.method.perturb_std = 2, 0.8
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 48, 12, 24
-    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 43
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 32
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
   elif size == "smoke":
     configs_lib.make_smoke(config)
   else:

@@ -55,6 +55,7 @@ def read_run(folder: pathlib.Path) -> dict:
       "reward_std": std, "change": change, "diversity": tuned["diversity"]["ratio_to_base"],
       "fd": tuned.get("fd_to_base"), "kl": tuned.get("kl_to_base", {}).get("mean"),
       "cost": {key: cost.get(key, 0) for key in COSTS}, "peak_bytes": cost["peak_bytes"],
+      "update_bytes": cost.get("update_bytes", 0), "step_seconds": summary["seconds"] / steps,
       "curve": curve}
 
 
@@ -94,7 +95,7 @@ def table(records: list[dict]) -> list[str]:
                      default=None) for key in ("queries", "seconds")}
   head = ["recipe", "seeds", "reward", "in std", "judge", "diversity, % of base",
           "Frechet distance (floor)", "path KL, nats", "reward queries", "reward gradients",
-          "seconds", "peak MiB"]
+          "seconds", "s per update", "update MiB", "peak MiB"]
   if limits["queries"]:
     head.append(f"reward at {limits['queries']:,.0f} queries")
   if limits["seconds"]:
@@ -114,7 +115,8 @@ def table(records: list[dict]) -> list[str]:
         of(lambda r: r["fd"] and r["fd"]["distance"], "{:.4f}") + (
             f" ({floor[0]:.4f})" if floor else ""),
         of(lambda r: r["kl"], "{:.1f}"), spent("reward_queries"), spent("reward_gradients"),
-        of(lambda r: r["seconds"], "{:.0f}"),
+        of(lambda r: r["seconds"], "{:.0f}"), of(lambda r: r["step_seconds"], "{:.2f}"),
+        f"{max(r['update_bytes'] for r in rows) / 2**20:,.0f}",
         f"{max(r['peak_bytes'] for r in rows) / 2**20:,.0f}"]
     for key, limit in limits.items():
       if limit:
@@ -162,7 +164,8 @@ def page(records: list[dict], folder: pathlib.Path) -> str:
            "`in std`: the reward's change in standard deviations of the base model's reward within "
            "a prompt. Mean ± standard error over seeds. The two columns at the right read watched "
            "prompts, at the queries and the time that the cheapest run of the table spent; empty "
-           "where a run logged no curve that far.", ""]
+           "where a run logged no curve that far. `update MiB` is what XLA assigns one device for "
+           "the compiled update, `peak MiB` what the whole process took on a CPU.", ""]
   for number, task in enumerate(sorted({r["task"] for r in records}), 1):
     rows = [r for r in records if r["task"] == task]
     devices = ", ".join(sorted({r["device"] for r in rows}))

@@ -33,6 +33,10 @@ class ModelConfig:
     adapter: "lora", or "full" for all weights of the UNet.
     lora_rank, lora_targets: width of the adapter, and which layers have one: "attention", "ff",
       "conv".
+    lora: a LoRA file to start from, in diffusers' layout (PEFT's names or the older ones): a
+      safetensors file, or a folder with `pytorch_lora_weights.safetensors`. Where adapter is "lora"
+      it is the policy's start, of the same rank and targets, and the reference is the model without
+      it; else, and for methods that train no weights, it is merged into the model. Empty is none.
     dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
     remat: "none", or "block" to keep less activation memory in gradients.
   """
@@ -42,6 +46,7 @@ class ModelConfig:
   adapter: Literal["lora", "full"] = "lora"
   lora_rank: Count = 16
   lora_targets: tuple[Literal["attention", "ff", "conv"], ...] = ("attention",)
+  lora: str = ""
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Literal["none", "block"] = "none"
 
@@ -54,7 +59,8 @@ class RewardConfig:
   """What is maximised: a weighted sum.
 
   Attributes:
-    names: built-in names or `path/to/file.py:function`.
+    names: built-in names, `NAME:WHERE` for published weights (docs/rewards.md), or
+      `path/to/file.py:function`.
     weights: one factor a name.
   """
   names: tuple[str, ...] = ("emoji_clip",)
@@ -243,6 +249,12 @@ class Config:
   def group(self) -> int:
     """Trajectories of each prompt in a batch, side by side; they stay in one micro-batch."""
     return getattr(self.method, "group", 1)
+
+  @property
+  def merges_lora(self) -> bool:
+    """Whether `model.lora` becomes part of the base model, for want of an adapter that trains."""
+    return bool(self.model.lora) and (self.model.adapter != "lora"
+                                      or self.method_name in methods.AT_INFERENCE)
 
   @property
   def reads_pairs(self) -> bool:

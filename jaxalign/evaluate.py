@@ -16,7 +16,7 @@ from jaxalign import configs_lib, rng, sharding
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
 from jaxalign.train.evaluation import Evaluator, compare, describe
-from jaxalign.train.experiment import build, open_pipeline, own_sampler, read_prompts
+from jaxalign.train.experiment import build, own_sampler, read_prompts
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
@@ -47,10 +47,12 @@ def main(argv) -> None:
     reward = configs_lib.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
   # As many of this machine's devices as divide the batches, however many the run had.
   shards = math.gcd(len(jax.devices()), cfg.eval.batch, cfg.sample.batch // cfg.group // cfg.parts)
+  merged = cfg.model.lora if cfg.merges_lora and not _BASE.value else ""
   # Whole weights as the policy: any two models of one architecture can stand beside each other.
   cfg = dataclasses.replace(
       cfg, seed=_SEED.value, reward=reward, mesh=configs_lib.MeshConfig(shards),
-      model=dataclasses.replace(cfg.model, path=base_path or str(checkpoint), adapter="full"))
+      model=dataclasses.replace(cfg.model, path=base_path or str(checkpoint), adapter="full",
+                                lora=merged))
   exp = build(cfg)
   evaluate = Evaluator(exp)
 
@@ -61,7 +63,7 @@ def main(argv) -> None:
   if base_path is None:
     result = {"tuned": describe(draw(tuned.params["unet"], "model"))}
   else:
-    base = open_pipeline(base_path).params
+    base = exp.pipeline.params
     shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
     if shapes(base["unet"]) != shapes(tuned.params["unet"]):
       raise UserError(f"--base={base_path}: its UNet has another architecture than {checkpoint}")

@@ -1,19 +1,21 @@
-"""Command line: `python -m jaxalign.export --checkpoint=DIR --format=diffusers|flax --output=DIR`.
+"""Command line: `python -m jaxalign.export --checkpoint=DIR --format=FORMAT --output=DIR`.
 
-Writes the tuned model, adapters merged, so that PyTorch diffusers (`StableDiffusionPipeline`,
-`StableDiffusionXLPipeline`) or its Flax classes (`FlaxStableDiffusionPipeline`) load it.
+Writes the tuned model, adapters merged, so that PyTorch diffusers (`diffusers`:
+`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) or its Flax classes (`flax`: `FlaxStableDiffusionPipeline`) load it; or
+the adapter alone (`lora`), for `load_lora_weights` of a PyTorch pipeline of the base model.
 """
 import pathlib
 import sys
 
 from jaxalign.command import Flags, run_command
-from jaxalign.convert import save_pipeline
+from jaxalign.convert import save_adapter, save_pipeline
 from jaxalign.errors import UserError
-from jaxalign.train.restore import load_tuned
+from jaxalign.train.restore import load_adapter_of, load_tuned
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
-_FORMAT = _FLAGS.define("enum", "format", "diffusers", ["diffusers", "flax"], "Layout to write.")
+_FORMAT = _FLAGS.define("enum", "format", "diffusers", ["diffusers", "flax", "lora"],
+                        "Layout to write.")
 _OUTPUT = _FLAGS.define("string", "output", None, "Folder to write.")
 _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloat16"],
                        "Of the weights.")
@@ -21,9 +23,13 @@ _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloa
 
 def main(argv) -> None:
   del argv
-  pipeline = load_tuned(pathlib.Path(_CHECKPOINT.value))
+  checkpoint, lora = pathlib.Path(_CHECKPOINT.value), _FORMAT.value == "lora"
+  tuned = load_adapter_of(checkpoint) if lora else load_tuned(checkpoint)
   try:
-    save_pipeline(pipeline, _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
+    if lora:
+      save_adapter(tuned, _OUTPUT.value, dtype=_DTYPE.value)
+    else:
+      save_pipeline(tuned, _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
   except OSError as error:
     raise UserError(f"--output={_OUTPUT.value}: {error}") from error
   print(f"{_FORMAT.value} model in {_OUTPUT.value}")

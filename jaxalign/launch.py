@@ -20,6 +20,10 @@ _DRY_RUN = _FLAGS.define("bool", "dry_run", False,
                          "Print config, parameters, sharding and cost; run nothing.")
 
 
+_PLAN = _FLAGS.define("string", "plan", None, "Compile for `v5e:4x4` or another TPU slice, or "
+                      "estimate for a GPU of 80 GB, `gpu:80`; print what it needs, run nothing.")
+
+
 def main(argv) -> None:
   del argv
   if "task" in _CONFIG.value:
@@ -29,6 +33,10 @@ def main(argv) -> None:
     from jaxalign.train.dry_run import describe
     print(describe(cfg))
     return
+  if _PLAN.value:
+    from jaxalign.train.plan import plan
+    print(plan(cfg, _PLAN.value))
+    return
   train.run(cfg, _workdir(cfg))
 
 
@@ -37,6 +45,8 @@ def _pretrain(config) -> None:
   from jaxalign.pretrain.config import parse
   if _DRY_RUN.value:
     raise UserError("--dry_run: is for methods; a pretraining recipe has no policy to describe")
+  if _PLAN.value:
+    raise UserError("--plan: is for methods, not for pretraining recipes")
   cfg = parse(config)
   loop.run(cfg, _workdir(cfg))
 

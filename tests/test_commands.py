@@ -192,6 +192,18 @@ def test_workdir_of_another_run_names_the_first_key(fails):
   assert snapshot(path) == before
 
 
+def test_workdir_whose_prompts_have_changed_since(fails, tmp_path):
+  path = shutil.copytree(runs.finished(), tmp_path / "run")
+  record = json.loads((path / "config.json").read_text())
+  assert set(record["prompts"]) == {"data.prompts", "data.eval_prompts"}
+  record["prompts"]["data.eval_prompts"] = "0" * 64
+  (path / "config.json").write_text(json.dumps(record))
+  before = snapshot(path)
+  fails("launch", *launch_args(f"--workdir={path}", "--config.train.steps=4"),
+        parts=[f"--workdir={path}", "another run", "data.eval_prompts have changed"])
+  assert snapshot(path) == before
+
+
 def test_damaged_checkpoint_on_resume(fails, tmp_path):
   path = shutil.copytree(runs.finished(), tmp_path / "run")
   for file in (path / "checkpoints" / "3" / "state").rglob("d/*"):

@@ -25,7 +25,7 @@ def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward=
                 "diversity": {"ratio_to_base": 0.9}, "kl_to_base": {"mean": 3.0},
                 "fd_to_base": {"distance": 0.05, "floor": 0.01}},
       "cost": {"denoiser_forward": 100, "denoiser_backward": 0, "reward_queries": 10 * queries,
-               "reward_gradients": 0, "peak_bytes": 2**30}}))
+               "reward_gradients": 0, "peak_bytes": 2**30, "update_bytes": 2**28}}))
   return folder
 
 
@@ -45,6 +45,7 @@ def test_page_holds_what_the_runs_measured(tmp_path):
   assert cells[1:5] == ["3", f"+0.1200 ± {error:+.4f}", f"+0.60 ± {error / 0.2:+.2f}",
                         f"+0.0600 ± {error / 2:+.4f}"]
   assert cells[5:9] == ["90.0 ± 0.0", "0.0500 ± 0.0000 (0.0100)", "3.0 ± 0.0", "640"]
+  assert cells[10:14] == ["20 ± 0", "2.00 ± 0.00", "256", "1,024"]
   assert cells[-2].startswith("+0.0600")           # at the 320 queries of the cheapest run
   assert cells[-1].startswith("+0.1200")
   for number in (1, 2):

@@ -34,7 +34,8 @@ _FLAX_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepSchedul
                     "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler")
 
 
-def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none") -> Pipeline:
+def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
+                  shapes_only: bool = False) -> Pipeline:
   """Reads a checkpoint of Stable Diffusion 1.x, 2.x (and its Turbo form) or XL.
 
   Args:
@@ -44,11 +45,12 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none")
       a folder like `unet/`. Only here a pickled file is read, through torch's `weights_only`.
     dtype: what the networks compute in; parameters are f32 in any case.
     remat: "none" or "block", see `UNet2DConditionModel`.
+    shapes_only: reads no weights, of which there need be none; `params` are shapes then.
   Raises:
     UserError: one line that names the file or config key at fault.
   """
   folder = _resolve(path)
-  configs = {"model_index": _read_json(folder / "model_index.json")}
+  configs = {"model_index": read_json(folder / "model_index.json")}
   _check_index(folder / "model_index.json", configs["model_index"])
   tokenizers = {}
   for name in _components(configs["model_index"]):
@@ -57,12 +59,14 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none")
     if name.startswith("tokenizer"):
       tokenizers[name] = Tokenizer.load(folder / name)
     else:
-      configs[name] = _read_json(folder / name / _config_file(name))
+      configs[name] = read_json(folder / name / _config_file(name))
   try:
     pipeline = Pipeline.build(configs, **tokenizers, params={}, dtype=dtype, remat=remat)
   except UserError as error:
     raise UserError(f"{folder}: {error}") from error
   shapes = pipeline.param_shapes()
+  if shapes_only:
+    return dataclasses.replace(pipeline, params=shapes)
   params, stored, extras = {}, {}, {}
   for name in pipeline.networks:
     source = pathlib.Path(unet) if unet and name == "unet" else folder / name
@@ -125,11 +129,20 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
 
 
 def _resolve(path) -> pathlib.Path:
-  """The local directory of `path`, downloaded if it can only be a hub id."""
+  folder = find_folder(path, ["model_index.json"] + [f"{name}/*" for name in _XL_COMPONENTS])
+  if not (folder / "model_index.json").is_file():
+    raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json")
+  return folder
+
+
+def find_folder(path, patterns: list[str]) -> pathlib.Path:
+  """The local directory of `path`; of a hub id, the files that match `patterns` are downloaded.
+
+  Raises:
+    UserError: neither a directory nor a hub id that can be downloaded.
+  """
   folder = pathlib.Path(path)
   if folder.is_dir():
-    if not (folder / "model_index.json").is_file():
-      raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json")
     return folder
   if folder.exists():
     raise UserError(f"{folder}: not a directory")
@@ -140,14 +153,14 @@ def _resolve(path) -> pathlib.Path:
   import huggingface_hub
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        str(path), allow_patterns=["model_index.json"] + [f"{name}/*" for name in _XL_COMPONENTS],
+        str(path), allow_patterns=patterns,
         ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*"]))
   except Exception as error:  # the library raises its own errors and those of its HTTP client
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path}: not a directory, and the hub download failed: {reason}") from error
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def read_json(file: pathlib.Path) -> dict:
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
   except OSError as error:

@@ -14,9 +14,9 @@ _VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 def torch_name(path: str) -> str:
   """`down_blocks_0/attentions_0/.../to_out_0/kernel` -> its name in PyTorch's state dict."""
-  module, leaf = path.rsplit("/", 1)
+  module, slash, leaf = path.rpartition("/")
   module = _LISTS.sub(r"\1.\2", module.replace("/", "."))
-  return f"{module}.{'weight' if leaf in _WEIGHTS else leaf}"
+  return f"{module}{'.' if slash else ''}{'weight' if leaf in _WEIGHTS else leaf}"
 
 
 def new_vae_name(name: str) -> str:

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ _SHOWN = 3  # tensors named per kind of mismatch
 
 
 def _base(model: str, format: str) -> str:
-  """The file name that transformers (text encoder) and diffusers (the rest) look for."""
-  text = model.startswith("text_encoder")
+  """The file name that transformers (CLIP towers) and diffusers (the rest) look for."""
+  text = model.startswith(("text_encoder", "clip"))
   if format == "flax":
     return "flax_model.msgpack" if text else "diffusion_flax_model.msgpack"
   return "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
@@ -64,8 +65,9 @@ def _read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
   import torch
   try:
     state = torch.load(file, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)  # what open_clip's training writes
     # numpy has no bfloat16 of its own, and torch knows no other.
-    return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
             for name, x in state.items()}
   except Exception as error:  # torch lets through whatever a damaged file makes its parsers raise
     reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -120,19 +122,24 @@ def _check(file: pathlib.Path, expected: dict[str, tuple], tensors: dict[str, np
     raise UserError(f"{file}: tensors do not fit config.json ({'; '.join(found)})")
 
 
-def load(source: pathlib.Path, model: str, shapes) -> tuple[Any, dict, dict]:
+def load(source: pathlib.Path, model: str, shapes,
+         adapt: Callable[[dict], dict] = lambda tensors: tensors) -> tuple[Any, dict, dict]:
   """Reads one network.
 
   Args:
     source: the folder that holds the weight file or files; or one file, named by the user.
-    model: "unet", "vae", "text_encoder" or "text_encoder_2".
+    model: "unet", "vae", "text_encoder", "text_encoder_2", "clip" (both towers) or "head".
     shapes: the expected tree of `jax.ShapeDtypeStruct`.
+    adapt: `tensors -> tensors`, from the names and layouts of a PyTorch file to those of
+      transformers or diffusers, before they are matched with `shapes`.
   Returns:
     The tree of numpy f32 arrays, `Stored` by parameter path, and tensors that are no parameters.
   Raises:
     UserError: no usable weights, or they do not fit `shapes`.
   """
   file, format, tensors = _read(source, model)
+  if format == "diffusers":
+    tensors = adapt(tensors)
   shapes = {path: leaf.shape for path, leaf in
             traverse_util.flatten_dict(shapes, sep="/").items()}
   # Buffers that old transformers versions saved; kept for the way back.
@@ -153,7 +160,8 @@ def load(source: pathlib.Path, model: str, shapes) -> tuple[Any, dict, dict]:
   return traverse_util.unflatten_dict(params, sep="/"), stored, extras
 
 
-def _cast(path: str, x, dtype: str) -> np.ndarray:
+def cast(path: str, x, dtype: str) -> np.ndarray:
+  """`x` as numpy array of one of `DTYPES`; UserError if float16 cannot hold its values."""
   x = np.asarray(x)
   with np.errstate(over="ignore"):
     y = x.astype(jnp.dtype(dtype))
@@ -170,7 +178,7 @@ def save(folder: pathlib.Path, model: str, params, stored: dict[str, Stored],
   for path, x in traverse_util.flatten_dict(params, sep="/").items():
     name = names.new_vae_name(names.torch_name(path)) if model == "vae" else names.torch_name(path)
     target = stored.get(path, Stored(name, "float32"))
-    x = _cast(path, x, dtype or target.dtype)
+    x = cast(path, x, dtype or target.dtype)
     if format == "flax":
       arrays[path] = x
     else:

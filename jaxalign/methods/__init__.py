@@ -49,11 +49,13 @@ class Models:
       in losses; latent_shape: `(h, w, c)`.
     combine: `(policy | None, base) -> variables` for `denoise`; None switches the policy off and
       gives the reference.
-    init_policy: `(key, base) -> policy`, the trainable part (LoRA factors, or a copy of the base).
+    init_policy: `(key, frozen) -> policy`, the trainable part: LoRA factors (`frozen["adapter"]`
+      if there is one), or a copy of `frozen["base"]`.
     decode: `(decoder params, latents) -> images [B,H,W,3] in [0, 1]`.
     score: `(reward params, images, prepared) -> [B]` f32, or None where the reward is a black box.
     flow: an auxiliary latent-valued network, or None.
-    frozen: `{"base", "decoder", "reward"}` trees of arrays.
+    frozen: `{"base", "decoder", "reward"}` trees of arrays, `"teacher"` and `"adapter"` where the
+      config names them.
     reward_std: within-prompt standard deviation of the reward on the base model, in reward units.
     decode_unclamped: `decode` without the clamp to [0, 1], where there is one.
   """

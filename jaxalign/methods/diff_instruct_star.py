@@ -197,8 +197,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def init(key, frozen, batch):
     k_policy, k_assistant = jax.random.split(key)
-    policy = models.init_policy(k_policy, frozen["base"])
-    assistant = models.init_policy(k_assistant, teacher_of(frozen))
+    policy = models.init_policy(k_policy, frozen)
+    assistant = models.init_policy(k_assistant, {"base": teacher_of(frozen)})
     state = {"policy": policy, "optimizer": optimizer.init(policy), "assistant": assistant,
              "assistant_optimizer": assistant_optimizer.init(assistant),
              "updates": jnp.asarray(0, jnp.int32), "norms": jnp.zeros(2)}

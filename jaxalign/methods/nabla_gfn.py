@@ -339,7 +339,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def init(key, frozen, batch):
     key_policy, key_flow = jax.random.split(key)
-    trainable = {"policy": models.init_policy(key_policy, frozen["base"]),
+    trainable = {"policy": models.init_policy(key_policy, frozen),
                  "flow": models.flow.init(key_flow) if cfg.flow else {}}
     state = {
         "trainable": trainable,

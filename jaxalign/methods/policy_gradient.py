@@ -332,7 +332,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def init(key, frozen, batch):
     key_policy, key_interval = jax.random.split(key)
-    policy = models.init_policy(key_policy, frozen["base"])
+    policy = models.init_policy(key_policy, frozen)
     size = batch["prompt_ids"].shape[0]
     state = {"policy": policy, "optimizer": optimizer.init(policy),
              "updates": jnp.zeros((), jnp.int32), "stage": jnp.zeros((), jnp.int32),

@@ -261,7 +261,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   optimizer = make_optimizer(optim)
 
   def init(key, frozen, batch):
-    policy = models.init_policy(key, frozen["base"])
+    policy = models.init_policy(key, frozen)
     state = {"policy": policy, "optimizer": optimizer.init(policy),
              "updates": jnp.asarray(0, jnp.int32)}
     if optim.ema:

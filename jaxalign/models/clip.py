@@ -20,6 +20,11 @@ ACTIVATIONS = {
 }
 
 
+def unit(x):
+  """`[B, D]` to length one; the small constant keeps the gradient finite at zero."""
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 class TextConfig(NamedTuple):
   """Sizes of a text tower. Defaults are those a `config.json` leaves out."""
   vocab_size: int = 49408

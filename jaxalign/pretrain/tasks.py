@@ -27,7 +27,7 @@ from jaxalign.rewards.emoji import ASSETS
 HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
 LOW, HIGH = 0.2, 0.6
 NAMES = 8                         # of a set, at most
-CANDIDATES = 320                  # names to choose from
+CANDIDATES = 544                  # names, or names and styles, to choose from
 SCREEN, CHOICE = 6, 24            # samples of a name to find candidates, and to choose by
 SAMPLES = 10                      # of a held-out prompt, to report
 

@@ -108,6 +108,22 @@ REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
 }
 
 
+def _pretrained(module: str, factory: str):
+  """The same for a factory that takes WHERE its weights lie."""
+  return lambda where: getattr(importlib.import_module(f"jaxalign.rewards.{module}"),
+                               factory)(where)
+
+
+# In `reward.names` as NAME:WHERE; docs/rewards.md says what WHERE is.
+PRETRAINED: dict[str, Callable[[str], Reward | HostReward]] = {
+  "clip_score": _pretrained("clip_towers", "clip_score"),
+  "pickscore": _pretrained("clip_towers", "pickscore"),
+  "hpsv2": _pretrained("clip_towers", "hpsv2"),
+  "hpsv2.1": _pretrained("clip_towers", "hpsv2_1"),
+  "aesthetic": _pretrained("clip_towers", "aesthetic"),
+}
+
+
 def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | HostReward:
   """The weighted sum of the named rewards; a single name is a sum of one term.
 
@@ -116,8 +132,9 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
   `.terms` gives the terms one by one, `.weights` their weights.
 
   Args:
-    names: config key `reward.names`: names in `REWARDS` or from an entry point, or
-      `path/to/file.py:function`. No name twice.
+    names: config key `reward.names`: names in `REWARDS` or from an entry point, `NAME:WHERE` with a
+      name in `PRETRAINED`, or `path/to/file.py:function`. No name twice. Without WHERE in what is
+      returned, unless it tells two of one name apart.
     weights: config key `reward.weights`, one finite number for each name, in raw units of its term.
   Raises:
     UserError: for anything that the config or the user's file gets wrong.
@@ -133,6 +150,7 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
     raise UserError(f"reward.weights must be finite numbers, not {weights}")
 
   rewards = [_find(name) for name in names]
+  names = _without_where(names)
   label = " + ".join(n if w == 1 else f"{w:g}*{n}" for n, w in zip(names, weights))
   span = " + ".join(f"{w:g} x ({n}: {r.range})" for n, w, r in zip(names, weights, rewards))
   by_name = dict(zip(names, weights))
@@ -196,10 +214,25 @@ def one_line(error: BaseException) -> str:
   return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def _without_where(names: tuple[str, ...]) -> tuple[str, ...]:
+  """`NAME` for each `NAME:WHERE`, except where two would be called the same."""
+  short = [n.partition(":")[0] if n.partition(":")[0] in PRETRAINED else n for n in names]
+  return tuple(s if short.count(s) == 1 else n for s, n in zip(short, names))
+
+
 def _find(name: str) -> Reward | HostReward:
   if ".py:" in name:
     from jaxalign.rewards.user import load_user_reward
     return load_user_reward(name)
+  short, _, where = name.partition(":")
+  if short in PRETRAINED:
+    if not where:
+      raise UserError(f"reward.names: '{short}' needs its weights: write {short}:WHERE, and see "
+                      "docs/rewards.md for what WHERE is")
+    try:
+      return PRETRAINED[short](where)
+    except UserError as error:
+      raise UserError(f"reward.names: '{short}': {error}") from error
   factories = dict(REWARDS)
   for entry in importlib.metadata.entry_points(group="jaxalign.rewards"):
     if entry.name in factories:
@@ -208,7 +241,8 @@ def _find(name: str) -> Reward | HostReward:
     factories[entry.name] = lambda entry=entry: entry.load()()
   if name not in factories:
     raise UserError(f"reward.names: unknown reward '{name}'; choose from "
-                    f"{', '.join(sorted(factories))}, or path/to/file.py:function")
+                    f"{', '.join(sorted(factories))}, NAME:WHERE with one of "
+                    f"{', '.join(PRETRAINED)}, or path/to/file.py:function")
   return factories[name]()
 
 

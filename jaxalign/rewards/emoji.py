@@ -22,18 +22,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.data.emoji import STYLES
 from jaxalign.errors import UserError
-from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, unit
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.rewards import Reward
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 IMAGE_SIZE = 32  # what both scorers see
-
-
-def _unit(x):
-  """`[B, D]` to length one; the small constant keeps the gradient finite at zero."""
-  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
 def _pixels(images):
@@ -56,11 +51,11 @@ class EmojiClip(nn.Module):
 
   def embed_images(self, images):
     """`[B, H, W, 3]` in [0, 1] -> `[B, D]` of length one."""
-    return _unit(self.vision(_pixels(images)).projected)
+    return unit(self.vision(_pixels(images)).projected)
 
   def embed_text(self, input_ids):
     """`[B, L]` token ids -> `[B, D]` of length one."""
-    return _unit(self.text(input_ids).projected)
+    return unit(self.text(input_ids).projected)
 
   def __call__(self, images, input_ids):
     return self.embed_images(images), self.embed_text(input_ids)
@@ -119,7 +114,7 @@ class EmojiJudge(nn.Module):
 
   def features(self, images):
     """`[B, H, W, 3]` in [0, 1] -> `[B, D]` of length one: what both heads read."""
-    return _unit(self.images(_pixels(images)))
+    return unit(self.images(_pixels(images)))
 
   def style(self, images):
     """Logits `[B, 2]` that the drawing is in Noto's or in Twemoji's style."""
@@ -127,15 +122,15 @@ class EmojiJudge(nn.Module):
 
   def embed_images(self, images):
     """`[B, H, W, 3]` in [0, 1] -> `[B, D]` of length one."""
-    return _unit(self.match_head(self.features(images)))
+    return unit(self.match_head(self.features(images)))
 
   def embed_text(self, input_ids):
     """`[B, L]` token ids -> `[B, D]` of length one."""
-    return _unit(self.text(input_ids))
+    return unit(self.text(input_ids))
 
   def __call__(self, images, input_ids):
     features = self.features(images)
-    return (_unit(self.match_head(features)), self.embed_text(input_ids),
+    return (unit(self.match_head(features)), self.embed_text(input_ids),
             self.style_head(features))
 
 

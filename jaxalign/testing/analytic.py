@@ -125,7 +125,7 @@ def make_models(mixture: Mixture, reward, *, steps: int = 50, policy=None, flow=
   return Models(
       denoise=denoise, schedule=schedule, sampler=sampler, guidance=1.0, latent_shape=(dim,),
       combine=lambda policy, base: {"base": base, "policy": policy},
-      init_policy=lambda key, base: policy.init(key),
+      init_policy=lambda key, frozen: policy.init(key),
       decode=lambda params, latents: latents,
       decode_unclamped=lambda params, latents: latents, score=score,
       flow=flow or affine_per_step(sampler, dim),

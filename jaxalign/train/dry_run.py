@@ -14,7 +14,7 @@ def describe(cfg: Config) -> str:
   exp = build(cfg)
   models = exp.models
   method = methods.load(cfg.method_name).make(models, cfg.method, cfg.optim)
-  policy = jax.eval_shape(models.init_policy, jax.random.key(0), models.frozen["base"])
+  policy = jax.eval_shape(models.init_policy, jax.random.key(0), models.frozen)
   size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   counts = {"policy (trained)": policy, "unet": models.frozen["base"],
             "vae": models.frozen["decoder"],

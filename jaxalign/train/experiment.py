@@ -9,15 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from jaxalign import processes, sharding
 from jaxalign.configs_lib import Config, SampleConfig
-from jaxalign.convert import load_pipeline
+from jaxalign.convert import load_adapter, load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
 from jaxalign.models import lora
+from jaxalign.models.architectures import ARCHITECTURES, architecture
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import decode_images
 from jaxalign.rewards import HostReward, Reward, make_reward
@@ -28,7 +31,11 @@ ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """What a run works with. `frozen` and `judge_params` lie on the mesh."""
+  """What a run works with. `frozen` and `judge_params` lie on the mesh.
+
+  `put(tree, shardings)` places host arrays; in an outline, which has shapes in place of arrays, it
+  says where they would lie.
+  """
   config: Config
   mesh: Mesh
   pipeline: Pipeline
@@ -37,8 +44,12 @@ class Experiment:
   judge: Reward
   frozen: Any
   judge_params: Any
-  put_batch: Callable          # host tree with leading batch axis -> device, sharded
+  put: Callable
   encode: Callable             # token ids, as `Pipeline.tokenize` returns them -> cond tree
+
+  def put_batch(self, tree):
+    """A host tree with leading batch axis, split over the mesh."""
+    return self.put(tree, sharding.batch_sharding(self.mesh))
 
   def embed(self, prompts: list[str]):
     """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`."""
@@ -68,9 +79,12 @@ def gather(table, prompt_ids, sample_ids) -> dict:
           "prompt_ids": prompt_ids, "sample_ids": sample_ids}
 
 
-def build(cfg: Config, devices=None) -> Experiment:
+def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experiment:
   """Loads and places everything that `cfg` names.
 
+  Args:
+    pipeline: in place of the one that `cfg` names. Where its `params` are shapes, nothing is placed
+      or computed, and `devices` may be those of a machine that is not there.
   Raises:
     UserError: a key or file of the config is at fault.
   """
@@ -80,27 +94,46 @@ def build(cfg: Config, devices=None) -> Experiment:
   judge = make_reward((cfg.eval.judge,), (1.0,)).parts[0][2]
   if getattr(judge, "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
-  pipeline = open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat, cfg.model.unet)
+  pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
+                                       cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
+  outline = isinstance(jax.tree.leaves(pipeline.params["unet"])[0], jax.ShapeDtypeStruct)
+  put = placed_shapes if outline else processes.put
+  encode = pipeline.encode_prompts
+  encode = functools.partial(jax.eval_shape, encode) if outline else jax.jit(encode)
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
     pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
+  adapter = None
+  if cfg.model.lora and not outline:        # of the same shapes as a new one
+    pipeline, adapter = _starting_adapter(cfg, pipeline)
   models = make_models(cfg, pipeline, reward)
-  frozen = processes.put(models.frozen, sharding.param_shardings(models.frozen, mesh))
-  text = processes.put(pipeline.text_params, sharding.replicated(mesh))
+  if adapter is not None:
+    models.frozen["adapter"] = adapter
+  frozen = put(models.frozen, sharding.param_shardings(models.frozen, mesh))
+  text = put(pipeline.text_params, sharding.replicated(mesh))
   return Experiment(
       config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
-      frozen=frozen, judge_params=processes.put(judge.params, sharding.replicated(mesh)),
-      put_batch=functools.partial(processes.put, shardings=sharding.batch_sharding(mesh)),
-      encode=functools.partial(jax.jit(pipeline.encode_prompts), text))
+      frozen=frozen, judge_params=put(judge.params, sharding.replicated(mesh)), put=put,
+      encode=functools.partial(encode, text))
 
 
-def open_pipeline(path: str, dtype: str = "float32", remat: str = "none",
-                  unet: str = "") -> Pipeline:
+def placed_shapes(tree, shardings):
+  """`jax.ShapeDtypeStruct`s that say where the arrays (or shapes) of a tree would lie."""
+  place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda a: place(a, shardings), tree)
+  return jax.tree.map(place, tree, shardings)
+
+
+def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: str = "",
+                  shapes_only: bool = False) -> Pipeline:
   """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
 
-  `unet` names weights that take the place of the UNet's, see `load_pipeline`.
+  `jaxalign:sd15` and `jaxalign:sdxl` are architectures without weights, for `shapes_only`.
+  `unet` names weights that take the place of the UNet's; for `shapes_only` see `load_pipeline`.
   """
-  load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat)
+  load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
+                           shapes_only=shapes_only)
   if not path:
     raise UserError("model.path is empty: name a diffusers directory or a hub id")
   if path == "jaxalign:fixture":
@@ -109,7 +142,13 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none",
       make_pipeline_dir(f"{folder}/fixture", image_size=32)
       return load(f"{folder}/fixture")
   if path.startswith("jaxalign:"):
-    folder = ASSETS / path.removeprefix("jaxalign:")
+    name = path.removeprefix("jaxalign:")
+    if name in ARCHITECTURES:
+      if not shapes_only:
+        raise UserError(f"model.path={path}: an architecture without weights, for --plan only")
+      return architecture(name, Tokenizer.load(ASSETS / "emoji" / "tokenizer"), shapes_only=True,
+                          dtype=dtype, remat=remat)
+    folder = ASSETS / name
     if not folder.is_dir():
       raise UserError(f"model.path={path}: no model of this name is shipped")
     return load(folder)
@@ -130,14 +169,16 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) ->
                          spacing=cfg.sample.spacing, final=cfg.sample.final,
                          variance=cfg.sample.variance, timestep=cfg.sample.timestep)
   if cfg.model.adapter == "lora":
-    def init_policy(key, base):
-      return lora.init(key, base, cfg.model.lora_rank, cfg.model.lora_targets)
+    def init_policy(key, frozen):
+      if "adapter" in frozen:
+        return jax.tree.map(jnp.copy, frozen["adapter"])
+      return lora.init(key, frozen["base"], cfg.model.lora_rank, cfg.model.lora_targets)
 
     def combine(policy, base):
       return {"params": base} if policy is None else {"params": base, "lora": policy}
   else:
-    def init_policy(key, base):
-      return jax.tree.map(jnp.copy, base)
+    def init_policy(key, frozen):
+      return jax.tree.map(jnp.copy, frozen["base"])
 
     def combine(policy, base):
       return {"params": base if policy is None else policy}
@@ -165,6 +206,32 @@ def _teacher(path: str, pipeline: Pipeline):
       jax.tree.map(np.array_equal, other.text_params, pipeline.text_params))):
     raise UserError(f"model.teacher={path}: its text encoder differs from that of model.path")
   return other.params["unet"]
+
+
+def _starting_adapter(cfg: Config, pipeline: Pipeline):
+  """`model.lora`, that the policy starts from; or None, and the pipeline with it merged in."""
+  unet = pipeline.params["unet"]
+  try:
+    adapter = load_adapter(cfg.model.lora, unet)
+  except UserError as error:
+    raise UserError(f"model.lora={cfg.model.lora}: {error}") from error
+  if cfg.merges_lora:
+    merged = jax.device_get(lora.merge(unet, adapter))
+    return dataclasses.replace(pipeline, params={**pipeline.params, "unet": merged}), None
+  expected = jax.eval_shape(lambda: lora.init(
+      jax.random.key(0), unet, cfg.model.lora_rank, cfg.model.lora_targets))
+  want, have = (traverse_util.flatten_dict(tree, sep="/") for tree in (expected, adapter))
+  if want.keys() != have.keys():
+    path = min(want.keys() ^ have.keys())
+    raise UserError(f"model.lora={cfg.model.lora}: {'lacks' if path in want else 'also adapts'} "
+                    f"{path.rpartition('/')[0]}, unlike model.lora_targets="
+                    f"{','.join(cfg.model.lora_targets)}")
+  for path, leaf in want.items():
+    if leaf.shape != have[path].shape:
+      rank = have[path].shape[-1 if path.endswith("/a") else 0]
+      raise UserError(f"model.lora={cfg.model.lora}: has rank {rank} at "
+                      f"{path.rpartition('/')[0]}, and model.lora_rank={cfg.model.lora_rank}")
+  return pipeline, adapter
 
 
 def make_flow_net(pipeline: Pipeline) -> FlowNet:

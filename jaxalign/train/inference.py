@@ -30,6 +30,7 @@ from jaxalign.train.experiment import Experiment, build, gather, read_prompts
 from jaxalign.train.loop import (
   before_and_after,
   judge_progress,
+  needed_bytes,
   peak_bytes,
   read_finished,
   save_pictures,
@@ -56,7 +57,7 @@ def _run(cfg, path, devices, stack) -> dict:
   if cfg.train.keep_best:
     raise UserError("train.keep_best=True chooses among policies, and this run trains none")
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
-  workdir = Workdir(path, cfg)
+  workdir = Workdir(path, cfg, {"data.eval_prompts": prompts})
   finished = read_finished(workdir.path, cfg)
   if finished:
     say(f"{path}: this run is finished; see {path / 'summary.json'}")
@@ -191,7 +192,7 @@ def _run(cfg, path, devices, stack) -> dict:
       "stopped": progress["stopped"], "base": describe(base),
       "tuned": compare(tuned, base, base_again),
       "cost": {**cost, "equal_candidates": best_of_n.equal_candidates(exp.models, cost, total),
-               "peak_bytes": peak_bytes(exp)},
+               "update_bytes": search.update_bytes, "peak_bytes": peak_bytes(exp)},
   }
   if getattr(cfg.method, "rival", False):
     summary["best_of_n"] = run_rival(cfg, path, devices, summary["cost"]["equal_candidates"])
@@ -296,9 +297,9 @@ class Search:
       else:
         self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
     processes.barrier("compiled")
-    memory = (self._step or self._update).memory_analysis()
-    temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
-    return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
+    self.update_bytes = needed_bytes(self._step or self._update)
+    return (f"compiled in {time.monotonic() - begun:.0f} s, update needs "
+            f"{self.update_bytes / 2**20:.0f} MiB")
 
   def step(self, step: int) -> list[dict]:
     """One update of every image; returns the metrics `{name: [B]}` of each batch, not awaited."""

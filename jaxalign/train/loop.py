@@ -23,7 +23,14 @@ from jaxalign.data.pairs import open_pairs
 from jaxalign.errors import Stopped, UserError
 from jaxalign.rewards import HostReward, check_scores, weighted_sum
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
-from jaxalign.train.experiment import Experiment, build, gather, policy_weights, read_prompts
+from jaxalign.train.experiment import (
+  Experiment,
+  build,
+  gather,
+  placed_shapes,
+  policy_weights,
+  read_prompts,
+)
 from jaxalign.train.pairs import PairTable
 from jaxalign.train.workdir import Workdir
 
@@ -46,7 +53,7 @@ def _run(cfg, path, devices, stack) -> dict:
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
   pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
   method_module = methods.load(cfg.method_name)
-  workdir = Workdir(path, cfg)
+  workdir = Workdir(path, cfg, {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts})
   finished = read_finished(workdir.path, cfg)
   if finished:
     say(f"{path}: this run is finished; see {path / 'summary.json'}")
@@ -63,7 +70,8 @@ def _run(cfg, path, devices, stack) -> dict:
       f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
   evaluate = Evaluator(exp)
   root = jax.random.key(cfg.seed)
-  untouched = jax.jit(exp.models.init_policy)(rng.stream(root, rng.INIT), exp.frozen["base"])
+  untouched = jax.jit(exp.models.init_policy)(rng.stream(root, rng.INIT),
+                                              {"base": exp.frozen["base"]})
   untouched = jax.device_put(untouched, sharding.param_shardings(untouched, exp.mesh))
 
   # ------------------------------------------------------------------ base model
@@ -103,7 +111,7 @@ def _run(cfg, path, devices, stack) -> dict:
   content = lambda: {"method": state, **({"best": best} if cfg.train.keep_best else {})}
   # `look_due`: saved, on SIGTERM, before the evaluation of that step.
   progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
-              "best_judge": float(base_watch.scores["judge"].mean())}
+              "update_bytes": 0, "best_judge": float(base_watch.scores["judge"].mean())}
   step = checkpoints.latest_step() or 0
   if step:
     saved, progress = checkpoints.restore(content(), step)
@@ -119,6 +127,7 @@ def _run(cfg, path, devices, stack) -> dict:
     save_pictures(workdir, "samples/step_000000.png", base_watch, watched, cfg)
   if step < cfg.train.steps and not progress["stopped"]:
     say(programs.compile(state))
+    progress["update_bytes"] = programs.update_bytes
   before = progress["seconds"]
   clock = time.monotonic()
   pending = None                       # metrics of the step before, fetched while the next one runs
@@ -208,7 +217,8 @@ def _run(cfg, path, devices, stack) -> dict:
       "device": f"{exp.mesh.devices.flat[0].platform} x{exp.mesh.size}",
       "stopped": progress["stopped"], "trainable_parameters": int(n_trainable),
       "base": describe(base), "tuned": compare(tuned, base, base_again),
-      "cost": {**updates, "peak_bytes": peak_bytes(exp)},
+      "cost": {**updates, "update_bytes": progress.get("update_bytes", 0),
+               "peak_bytes": peak_bytes(exp)},
   }
   if method.tilt is not None:
     summary["exact_tilt"] = exact_tilt(float(method.tilt(state)), base, base_again)
@@ -228,29 +238,51 @@ class Programs:
     self._rows, self._gather = (pairs.rows, pairs.gather) if pairs else (lambda ids: ids, gather)
     self._batch = sharding.batch_sharding(exp.mesh)
     self._replicated = sharding.replicated(exp.mesh)
-    self._table = processes.put(table, self._replicated)
+    self._table = exp.put(table, self._replicated)
     ids = np.arange(exp.config.sample.batch, dtype=np.int32)
     self._ids, self._example = exp.put_batch(ids), self._put(ids)
     self._collect = self._update = None
+    self.update_bytes = 0                 # of one device, known once compiled
 
   def init(self):
     """The initial state, made on the devices where it stays."""
+    shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes())
+    return jax.jit(self._make_state, out_shardings=shardings)(
+        self._exp.frozen, self._table, self._example, self._ids)
+
+  def _make_state(self, frozen, table, rows, ids):
     key = rng.stream(self._root, rng.INIT)
-    make = lambda frozen, table, rows: self._method.init(
-        key, frozen, self._gather(table, rows, self._ids))
-    inputs = self._exp.frozen, self._table, self._example
-    shapes = jax.eval_shape(make, *inputs)
+    return self._method.init(key, frozen, self._gather(table, rows, ids))
+
+  def state_shapes(self):
+    """The state as `jax.ShapeDtypeStruct`s that say where it lies; computes nothing."""
+    shapes = jax.eval_shape(
+        self._make_state, self._exp.frozen, self._table, self._example, self._ids)
     shardings = jax.tree_util.tree_map_with_path(
         lambda p, s: self._batch if sharding.path_of(p).startswith("replay/") else s,
         sharding.param_shardings(shapes, self._exp.mesh))
-    return jax.jit(make, out_shardings=shardings)(*inputs)
+    return placed_shapes(shapes, shardings)
 
   def _put(self, ids):
     return self._exp.put_batch(self._rows(ids))
 
   def compile(self, state) -> str:
     """Compiles both programs ahead of time for this state; returns a line about it."""
-    begun, exp, method = time.monotonic(), self._exp, self._method
+    begun = time.monotonic()
+    with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
+      programs = []
+      for lowered in self.lowered(state).values():
+        programs.append(lowered.compile())
+        bar.update()
+    self._collect, self._update = programs
+    processes.barrier("compiled")
+    self.update_bytes = needed_bytes(self._update)
+    return (f"compiled in {time.monotonic() - begun:.0f} s, update needs "
+            f"{self.update_bytes / 2**20:.0f} MiB")
+
+  def lowered(self, state) -> dict[str, jax.stages.Lowered]:
+    """The programs "collect" and "update" for this state (arrays or shapes), not compiled yet."""
+    exp, method = self._exp, self._method
 
     def collect(state, frozen, table, rows, sample_ids, key):
       experience = method.collect(state, frozen, self._gather(table, rows, sample_ids), key)
@@ -266,28 +298,20 @@ class Programs:
       # Finite losses can leave parameters that are not; such a state must never be saved.
       return state, {**values, "train/policy_norm": optax.tree.norm(method.product(state))}
 
-    key = rng.stream(self._root, rng.ROLLOUT)
+    key = jax.eval_shape(lambda: rng.stream(self._root, rng.ROLLOUT))
     on_batch = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._batch)
-    with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
-      # Images to be scored here stay apart; scores are small, and every process reads all of them.
-      on_host = isinstance(exp.reward, HostReward)
-      lowered = jax.jit(collect, out_shardings=(
-          self._batch, self._batch if on_host else self._replicated)).lower(
-              state, exp.frozen, self._table, self._example, self._ids, key)
-      self._collect = lowered.compile()
-      bar.update()
-      experience = jax.tree.map(on_batch, lowered.out_info[0])
-      rewards = (on_batch(jax.ShapeDtypeStruct(self._ids.shape, np.float32))
-                 if "final" in experience else None)
-      shardings = jax.tree.map(lambda a: a.sharding, state)
-      self._update = jax.jit(
-          update, donate_argnums=0, out_shardings=(shardings, self._replicated)).lower(
-              state, exp.frozen, experience, rewards, key).compile()
-      bar.update()
-    processes.barrier("compiled")
-    memory = self._update.memory_analysis()
-    temp = "" if memory is None else f", update needs {memory.temp_size_in_bytes / 2**20:.0f} MiB"
-    return f"compiled in {time.monotonic() - begun:.0f} s{temp}"
+    # Images to be scored here stay apart; scores are small, and every process reads all of them.
+    on_host = isinstance(exp.reward, HostReward)
+    collect = jax.jit(collect, out_shardings=(
+        self._batch, self._batch if on_host else self._replicated)).lower(
+            state, exp.frozen, self._table, self._example, self._ids, key)
+    experience = jax.tree.map(on_batch, collect.out_info[0])
+    rewards = (on_batch(jax.ShapeDtypeStruct(self._ids.shape, np.float32))
+               if "final" in experience else None)
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, self._replicated)).lower(
+        state, exp.frozen, experience, rewards, key)
+    return {"collect": collect, "update": update}
 
   def collect(self, state, step: int, ids, prompts):
     """Experience, `{term: [B]}` and rewards `[B]` of one batch; `{}` and None if none are scored.
@@ -339,8 +363,8 @@ def report(workdir, bar, step, seconds, values, terms, prompts, *, size, look) -
     workdir.write_json(file.name, {"step": step, "values": {n: str(v) for n, v in values.items()},
                                    "prompts": prompts})
     raise UserError(f"step {step}: {', '.join(bad)} is not finite (batch in {file}); lower "
-                    "optim.lr or method.beta in another --workdir; the checkpoints of this one are "
-                    "sound")
+                    "optim.lr, or the method's strength, in another --workdir; the checkpoints of "
+                    "this one are sound")
   workdir.log(step, seconds, {**values, **look()})
   bar.n = step
   shown = {name.split("/")[1]: f"{values[name]:.4f}"
@@ -399,6 +423,15 @@ def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
       not cfg.train.max_seconds or summary["seconds"] < cfg.train.max_seconds)
   done = summary["steps"] >= cfg.train.steps or (summary["stopped"] and not more_time)
   return summary if done else None
+
+
+def needed_bytes(compiled) -> int:
+  """Bytes of one device that a compiled program takes, by XLA's own buffer assignment."""
+  memory = compiled.memory_analysis()
+  if memory is None:                      # some backends do not say
+    return 0
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def peak_bytes(exp: Experiment) -> int:

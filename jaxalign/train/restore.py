@@ -41,6 +41,26 @@ def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
                     f"images and their noise are in {checkpoint / 'product'}")
   if (checkpoint / "summary.json").exists():
     return load_pipeline(checkpoint / "export")
+  exp, policy = _policy(checkpoint, cfg)
+  weights = policy_weights(cfg, policy, exp.pipeline.params["unet"])
+  return dataclasses.replace(exp.pipeline, params={**exp.pipeline.params, "unet": weights})
+
+
+def load_adapter_of(checkpoint: pathlib.Path):
+  """The LoRA factors that a run has tuned: those of its export, or of its latest checkpoint.
+
+  Raises:
+    UserError: the directory is not that of a run with `model.adapter="lora"`, or damaged.
+  """
+  cfg = run_config(checkpoint) if checkpoint.is_dir() else None
+  if cfg is None or cfg.method_name in methods.AT_INFERENCE or cfg.model.adapter != "lora":
+    raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
+                    "(model.adapter=lora), so there is none to export")
+  return _policy(checkpoint, cfg)[1]
+
+
+def _policy(checkpoint: pathlib.Path, cfg: configs_lib.Config):
+  """`(Experiment, policy)` of a run's latest checkpoint, on the host."""
   if not (checkpoint / "checkpoints").is_dir():
     raise UserError(f"--checkpoint={checkpoint}: this run has no checkpoint yet")
   # On one device, whatever the run itself has.
@@ -57,6 +77,9 @@ def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like)
   saved, _ = Checkpointer(checkpoint / "checkpoints").restore(like)
-  policy = saved["best"] if cfg.train.keep_best else method.product(saved["method"])
-  weights = policy_weights(cfg, jax.device_get(policy), exp.pipeline.params["unet"])
-  return dataclasses.replace(exp.pipeline, params={**exp.pipeline.params, "unet": weights})
+  best = cfg.train.keep_best
+  if best and (checkpoint / "summary.json").exists():   # the last step may have been the best
+    summary = json.loads((checkpoint / "summary.json").read_text())
+    best = summary["exported_step"] != summary["steps"]
+  policy = saved["best"] if best else method.product(saved["method"])
+  return exp, jax.device_get(policy)

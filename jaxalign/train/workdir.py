@@ -1,4 +1,5 @@
 """The folder of a run: config, metrics, pictures, evaluations, summary; never mixed up."""
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -28,17 +29,28 @@ class Workdir:
 
   Of several processes all call these methods and process 0 writes.
 
+  Args:
+    prompts: what the files of config keys held: a file may change under its name, and what was
+      measured on the old prompts must not pass for the new ones.
   Raises:
     UserError: the folder cannot be written, or belongs to a run with another config.
   """
 
-  def __init__(self, path: pathlib.Path, config: Config):
+  def __init__(self, path: pathlib.Path, config: Config,
+               prompts: dict[str, list[str]] | None = None):
     self.path, self._config = path, config
+    self._prompts = {key: hashlib.sha256("\n".join(lines).encode()).hexdigest()
+                     for key, lines in (prompts or {}).items()}
     self._metrics = self._board = None
     record = path / "config.json"
     try:
       if record.exists():
-        self._check_same(json.loads(record.read_text())["config"], config.to_dict())
+        old = json.loads(record.read_text())
+        self._check_same(old["config"], config.to_dict())
+        for key, digest in old.get("prompts", {}).items():
+          if self._prompts.get(key, digest) != digest:
+            raise UserError(f"--workdir={path}: belongs to another run: the prompts of {key} have "
+                            "changed since; choose another --workdir")
       elif path.exists() and any(path.iterdir()):
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -54,7 +66,8 @@ class Workdir:
       return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      content = {"config": self._config.to_dict(), "environment": environment()}
+      content = {"config": self._config.to_dict(), "prompts": self._prompts,
+                 "environment": environment()}
       self.write_json("config.json", content)
     except OSError as error:
       raise UserError(f"--workdir={self.path}: {error}") from error

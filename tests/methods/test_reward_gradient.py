@@ -453,8 +453,7 @@ def fixture(steps):
   models = dataclasses.replace(
       models, sampler=make_sampler(models.schedule, steps), decode=lambda _, x: x,
       score=lambda params, x, _: jnp.sin(x).mean((1, 2, 3)))
-  base = models.frozen["base"]
-  policy = jax.jit(models.init_policy)(KEY, base)
+  policy = jax.jit(models.init_policy)(KEY, models.frozen)
   size, text = 4, jax.random.normal(KEY, (2, 4, 16, 32))
   rows = {"latents": jax.random.normal(KEY, (size, steps + 1) + models.latent_shape),
           "conditioning": Conditioning({"text": text[0]}, {"text": text[1]}), "prepared": {}}

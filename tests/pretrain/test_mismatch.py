@@ -68,19 +68,33 @@ def test_mismatch_refuses_what_makes_no_pairs(tmp_path):
 
 
 def test_task_sets_keep_names_with_headroom(monkeypatch, tmp_path):
-  """Success by design: of the names, one never, one always, one at two of five images."""
+  """Success by design: one name never, one always, one at two of five images, one by luck once."""
   def rewards_of(pipeline, captions, names, seed, label):
-    right = np.array(["dog" in c or ("whale" in c and i % 5 % 2) for i, c in enumerate(captions)])
+    now_and_then = lambda i: bool(i % 5 % 2)
+    right = np.array(["dog" in c or (("whale" in c or "fox" in c and seed == 0) and now_and_then(i))
+                      for i, c in enumerate(captions)])
     return dict.fromkeys(names, right.astype(np.float32))
   monkeypatch.setattr(tasks, "rewards_of", rewards_of)
-  drawings = type("Drawings", (), {"names": np.array(["cat", "dog", "whale"])})
+  drawings = type("Drawings", (), {"names": np.array(["cat", "dog", "fox", "whale"])})
   table = tasks.write(None, drawings, tmp_path)
-  assert [row["base_success"]["mean"] for row in table] == [0.4, 0.4]
+  assert [row["base_success"]["mean"] for row in table] == [0.4] * len(tasks.SETS)
   page = (tmp_path / "README.md").read_text()
-  for label, styles in (("emoji", 1),):
+  for label, styles in (("emoji", 1), ("emoji_styles", 2)):
     train, heldout = ((tmp_path / f"{label}_{side}.txt").read_text().splitlines()
                       for side in ("train", "heldout"))
     assert len(train) == 8 * styles and len(heldout) == 4 * styles
     assert all(" whale " in prompt for prompt in train + heldout)
     assert not set(train) & set(heldout)
     assert f"jaxalign:{label}_train" in page
+
+
+def test_task_sets_prefer_rewards_that_the_judge_confirms(monkeypatch):
+  """Both names vary; the judge goes with the reward of one and against that of the other."""
+  def rewards_of(pipeline, captions, names, seed, label):
+    i = np.arange(len(captions))
+    reward = (i % 2).astype(np.float32)
+    agrees = np.array(["whale" in caption for caption in captions])
+    return {name: np.where(agrees, reward, 1 - reward) if name == "emoji_judge" else reward
+            for name in names}
+  monkeypatch.setattr(tasks, "rewards_of", rewards_of)
+  assert tasks.choose(None, ["cat", "whale"], tasks.SETS[0]) == [("whale", None), ("cat", None)]

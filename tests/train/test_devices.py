@@ -108,7 +108,7 @@ def test_parameters_lie_where_the_table_says(adapter):
       assert leaf.sharding.is_fully_replicated, path
   assert seen == (4 if adapter == "full" else 0)
   assert jax.tree.structure(method.product(state)) == jax.tree.structure(
-      exp.models.init_policy(rng.stream(jax.random.key(0), rng.INIT), exp.frozen["base"]))
+      exp.models.init_policy(rng.stream(jax.random.key(0), rng.INIT), exp.frozen))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def evaluator(batch):
 
 
 def untouched(exp):
-  return exp.models.init_policy(jax.random.key(1), exp.frozen["base"])
+  return exp.models.init_policy(jax.random.key(1), exp.frozen)
 
 
 def moved(exp):

@@ -1,0 +1,52 @@
+"""Published architectures without their weights: what `--plan` needs when there is no checkpoint.
+
+The values are those of the `config.json` files of Stable Diffusion 1.5 and of SDXL base 1.0; keys
+that are left out have the networks' defaults.
+"""
+import dataclasses
+
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.tokenizer import Tokenizer
+
+_CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+               num_attention_heads=12, hidden_act="quick_gelu", vocab_size=49408,
+               max_position_embeddings=77, projection_dim=768, eos_token_id=49407)
+_BIG_G = dict(_CLIP_L, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+              num_attention_heads=20, hidden_act="gelu", projection_dim=1280)
+_VAE = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
+            in_channels=3, out_channels=3, norm_num_groups=32,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+_SCHEDULER = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085,
+                  beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon",
+                  steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+
+ARCHITECTURES = {
+    "sd15": {
+        "model_index": {"_class_name": "StableDiffusionPipeline"},
+        "unet": dict(sample_size=64, cross_attention_dim=768),
+        "vae": dict(_VAE, sample_size=512, scaling_factor=0.18215),
+        "text_encoder": _CLIP_L, "scheduler": _SCHEDULER,
+    },
+    "sdxl": {
+        "model_index": {"_class_name": "StableDiffusionXLPipeline",
+                        "force_zeros_for_empty_prompt": True},
+        "unet": dict(
+            sample_size=128, block_out_channels=[320, 640, 1280], cross_attention_dim=2048,
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10],
+            use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
+        "vae": dict(_VAE, sample_size=1024, scaling_factor=0.13025),
+        "text_encoder": _CLIP_L, "text_encoder_2": _BIG_G, "scheduler": _SCHEDULER,
+    },
+}
+
+
+def architecture(name: str, tokenizer: Tokenizer, *, shapes_only: bool, dtype="float32",
+                 remat="none") -> Pipeline:
+  """The pipeline of `ARCHITECTURES[name]` with shapes or random weights; `tokenizer` stands in."""
+  configs = {key: dict(value) for key, value in ARCHITECTURES[name].items()}
+  pipeline = Pipeline.build(configs, tokenizer, {} if shapes_only else None,
+                            tokenizer_2=tokenizer, dtype=dtype, remat=remat)
+  return dataclasses.replace(pipeline, params=pipeline.param_shapes()) if shapes_only else pipeline

@@ -1,0 +1,268 @@
+"""`--plan=TOPOLOGY`: what a run would need on a TPU slice or a GPU that is not there.
+
+Every program of the recipe is compiled for the slice by libtpu, from shapes alone: XLA's own buffer
+assignment says what a chip holds, its cost analysis what it computes. For a GPU, of which no
+compiler can be had without one, the same program is compiled for one CPU device; its buffers are an
+estimate of the GPU's.
+"""
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxalign import methods, processes, sharding
+from jaxalign.configs_lib import Config
+from jaxalign.errors import UserError
+from jaxalign.rewards import Reward
+from jaxalign.train.experiment import Experiment, build, open_pipeline
+from jaxalign.train.loop import Programs
+from jaxalign.train.pairs import PairTable
+
+
+class Chip(NamedTuple):
+  """Published figures of one chip: bytes of memory, bf16 FLOP/s, bytes/s of memory and of links."""
+  memory: float
+  flops: float
+  bandwidth: float
+  links: float
+
+
+GIB = 2 ** 30
+# Cloud TPU documentation, system architecture pages; links: interchip Gbit/s over eight.
+CHIPS = {"v4": Chip(32 * GIB, 275e12, 1228e9, 300e9), "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9),
+         "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9), "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9)}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+         "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """What one program needs, per chip.
+
+  Attributes:
+    arguments, outputs, temporary, code: bytes; `outputs` without those that reuse an argument.
+    flops, traffic, collective: operations, bytes to and from memory, bytes between chips. `flops`
+      is 0 where the compiler did not say.
+    seconds: that compiling took.
+  """
+  arguments: int
+  outputs: int
+  temporary: int
+  code: int
+  flops: float
+  traffic: float
+  collective: float
+  seconds: float
+
+  @property
+  def bytes(self) -> int:
+    return self.arguments + self.outputs + self.temporary + self.code
+
+  def roofline(self, chip: Chip) -> float:
+    """Seconds that the slowest of arithmetic, memory and links takes: no run is faster."""
+    return max(self.flops / chip.flops, self.traffic / chip.bandwidth,
+               self.collective / chip.links)
+
+
+def plan(cfg: Config, target: str) -> str:
+  """The plan as text.
+
+  Args:
+    target: `v4`, `v5e`, `v5p` or `v6e` with a topology, as `v5e:4x4`; or `gpu:80`, a GPU of 80 GB.
+  Raises:
+    UserError: the target is unknown or libtpu missing; or a key or file of the config is at fault.
+  """
+  chip, devices = find_chips(target)
+  if cfg.method_name in methods.AT_INFERENCE:
+    raise UserError(f"--plan: method.name={cfg.method_name!r} trains no weights; only training is "
+                    "planned")
+  exp = build(cfg, devices, open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
+                                          shapes_only=True))
+  method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  pairs = PairShapes(exp) if cfg.reads_pairs else None
+  programs = Programs(exp, method, pairs.shared if pairs else table_shapes(exp),
+                      jax.random.key(cfg.seed), pairs)
+  state = programs.state_shapes()
+  needs = {}
+  with processes.progress(total=2, desc="lowering", unit="program", leave=False) as bar:
+    lowered = programs.lowered(state)
+    for name in list(lowered):
+      bar.set_description(f"compiling {name} for {target}")
+      bar.refresh()
+      needs[name] = measure(lowered.pop(name))
+      bar.update()
+  return describe(cfg, target, chip, exp, state, needs)
+
+
+def find_chips(target: str):
+  """Figures of the chip, and devices to compile for."""
+  kind, _, size = target.partition(":")
+  if kind == "gpu":
+    if not size.isdecimal() or not int(size):
+      raise UserError(f"--plan={target}: write gpu:80 for a GPU of 80 GB")
+    return Chip(int(size) * 1e9, math.nan, math.nan, math.nan), jax.devices("cpu")[:1]
+  if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", size):
+    raise UserError(f"--plan={target}: write {', '.join(f'{name}:4x4' for name in CHIPS)} "
+                    "(v4 and v5p have three dimensions), or gpu:80")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")       # this machine is no TPU: do not look
+  from jax.experimental import topologies
+  try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+  except Exception as error:                              # libtpu's own kinds
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"--plan={target}: no compiler for it ({reason}); `pip install libtpu` brings "
+                    "one") from error
+  return CHIPS[kind], devices
+
+
+def table_shapes(exp: Experiment, prompts: int = 64) -> dict:
+  """A prompt table of so many prompts, as shapes where it holds embeddings."""
+  texts = ["a cat on a red background"] * prompts
+  prepared = exp.reward.prepare(texts) if isinstance(exp.reward, Reward) else {}
+  return {"cond": embedded(exp, prompts), "uncond": embedded(exp, 1), "prepared": prepared,
+          "judge": exp.judge.prepare(texts)}
+
+
+def embedded(exp: Experiment, prompts: int):
+  """Shapes of the embeddings of so many prompts."""
+  lengths = {name: getattr(exp.pipeline, name).config.max_position_embeddings
+             for name in exp.pipeline.text_encoders}
+  return exp.encode({name: jax.ShapeDtypeStruct((prompts, length), np.int32)
+                     for name, length in lengths.items()})
+
+
+class PairShapes:
+  """Stands in for `PairTable`: what its batches look like."""
+  gather = staticmethod(PairTable.gather)
+
+  def __init__(self, exp: Experiment):
+    self._exp, self.shared = exp, {"uncond": embedded(exp, 1)}
+
+  def rows(self, ids) -> dict:
+    latents = jax.ShapeDtypeStruct((len(ids), 2, *self._exp.models.latent_shape), np.float32)
+    return {"cond": embedded(self._exp, len(ids)),
+            "pairs": {"latents": latents, "label": jax.ShapeDtypeStruct((len(ids),), np.float32)}}
+
+
+def measure(lowered) -> Need:
+  """Compiles a program and asks XLA what it needs."""
+  begun = time.monotonic()
+  compiled = lowered.compile()
+  seconds = time.monotonic() - begun
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  return Need(
+      arguments=memory.argument_size_in_bytes,
+      outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      temporary=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes,
+      flops=max(cost.get("flops", 0.0), 0.0), traffic=max(cost.get("bytes accessed", 0.0), 0.0),
+      collective=collective_bytes(compiled.as_text()), seconds=seconds)
+
+
+def collective_bytes(hlo: str) -> float:
+  """Bytes that the collectives of a compiled module give out, those in loops as often as they run.
+
+  Loops whose trip count XLA does not know are counted once.
+  """
+  computations, name, entry = {}, None, None
+  for line in hlo.splitlines():
+    head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+    if head:
+      name = head[2]
+      computations[name] = []
+      entry = name if head[1] else entry
+    elif name:
+      computations[name].append(line)
+
+  def total(name) -> float:
+    out = 0.0
+    for line in computations.get(name, ()):
+      found = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) (\w[\w\-]*)\(", line)
+      if not found:
+        continue
+      kind = found[2].removesuffix("-start")
+      if kind in COLLECTIVES:
+        out += shape_bytes(found[1])
+      elif found[2] == "while":
+        body = re.search(r"body=%?([\w.\-]+)", line)
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        out += total(body[1]) * (int(trips[1]) if trips else 1)
+      elif found[2] in ("fusion", "call"):
+        called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
+        out += total(called[1]) if called else 0.0
+    return out
+  return total(entry)
+
+
+def shape_bytes(text: str) -> int:
+  """Bytes of an HLO shape, tuples summed: `(f32[2,3]{1,0}, bf16[4])` is 32."""
+  return sum(BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+             for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text))
+
+
+def held(tree) -> int:
+  """Bytes per chip of a tree of placed shapes."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf)
+             for leaf in jax.tree.leaves(tree))
+
+
+def _itemsize(leaf) -> int:
+  return 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+
+
+def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs) -> str:
+  """The plan of measured `needs`, with what would make it fit."""
+  gib = lambda n: f"{n / GIB:.2f}"
+  optimizer = {k: v for k, v in state.items() if "optimizer" in k}
+  rest = {k: v for k, v in state.items() if k not in optimizer}
+  lines = [f"{cfg.recipe} on {target}: mesh {dict(exp.mesh.shape)}, batch {cfg.sample.batch}, "
+           f"compute {cfg.model.dtype}, remat {cfg.model.remat}", "",
+           f"per chip, GiB (it has {gib(chip.memory)}):",
+           f"  frozen networks   {gib(held(exp.frozen)):>8s}",
+           f"  trained weights   {gib(held(rest)):>8s}",
+           f"  optimiser         {gib(held(optimizer)):>8s}", "",
+           "program    arguments   outputs   temporary      all   fits   GFLOP   collective MiB"
+           "   roofline ms   MFU at most   compiled in"]
+  for name, need in needs.items():
+    bound = need.roofline(chip)
+    mfu = need.flops / chip.flops / bound if bound > 0 else math.nan
+    shown = (f"{1e3 * bound:>14.3f}{100 * mfu:>12.1f} %" if not math.isnan(mfu)
+             else f"{'':>14s}{'':>14s}")
+    lines.append(f"{name:9s}{gib(need.arguments):>11s}{gib(need.outputs):>10s}"
+                 f"{gib(need.temporary):>12s}{gib(need.bytes):>9s}"
+                 f"{'yes' if need.bytes <= chip.memory else 'NO':>7s}{need.flops / 1e9:>8.1f}"
+                 f"{need.collective / 2**20:>17.2f}{shown}{need.seconds:>11.0f} s")
+  if target.startswith("gpu"):
+    lines += ["", "Estimated from XLA's buffers for one CPU device."]
+  return "\n".join([*lines, "", *advice(cfg, chip, exp, needs)])
+
+
+def advice(cfg: Config, chip: Chip, exp: Experiment, needs) -> list[str]:
+  """What to change where a program does not fit, the first thing that would do first."""
+  worst = max(needs.values(), key=lambda need: need.bytes)
+  if worst.bytes <= chip.memory:
+    return [f"Fits, with {(chip.memory - worst.bytes) / GIB:.2f} GiB to spare."]
+  fixed, moving = worst.arguments + worst.code, worst.temporary + worst.outputs
+  if fixed > 0.9 * chip.memory:
+    devices = exp.mesh.size
+    return [f"Parameters alone do not leave room: split them, --config.mesh.fsdp={devices}."
+            if exp.mesh.shape["fsdp"] < devices else
+            "Parameters alone do not leave room, split over all chips: take a larger slice, or "
+            "--config.model.adapter=lora."]
+  if cfg.model.remat == "none":
+    return ["Activations do not fit: --config.model.remat=block keeps fewer of them."]
+  # Temporary memory is taken as proportional to the batch.
+  part = cfg.sample.batch // cfg.parts
+  shards = sharding.batch_shards(exp.mesh) * cfg.group
+  fits = int(part * 0.95 * (chip.memory - fixed) / moving) // shards * shards
+  if not fits:
+    return ["Not even one sample per chip would fit: take a chip with more memory, or "
+            "--config.mesh.tensor=2."]
+  return [f"Activations do not fit: micro-batches of {fits} samples would "
+          f"(--config.optim.accumulate={math.ceil(cfg.sample.batch / fits)}, or a smaller "
+          "--config.sample.batch)."]
