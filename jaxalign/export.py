@@ -1,8 +1,9 @@
 """Command line: `python -m jaxalign.export --checkpoint=DIR --format=FORMAT --output=DIR`.
 
 Writes the tuned model, adapters merged, so that PyTorch diffusers (`diffusers`:
-`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) or its Flax classes (`flax`: `FlaxStableDiffusionPipeline`) load it; or
-the adapter alone (`lora`), for `load_lora_weights` of a PyTorch pipeline of the base model.
+`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) or its Flax classes (`flax`:
+`FlaxStableDiffusionPipeline`) load it; or the adapter alone (`lora`), for `load_lora_weights` of a
+PyTorch pipeline of the base model.
 """
 import pathlib
 import sys
