@@ -156,7 +156,10 @@ def test_round_trip_is_bit_identical(pipeline, adapter, tmp_path):
   assert_same(load_adapter(file, params), adapter)
   assert_same(load_adapter(file.parent, params), adapter)
   save_adapter(load_adapter(file, params), tmp_path / "two")
-  assert file.read_bytes() == (tmp_path / "two" / FILE).read_bytes()
+  # Not the files as such: safetensors writes the entries of its header in no fixed order.
+  (tensors, about), (again, about_again) = read(tmp_path / "one"), read(tmp_path / "two")
+  assert_same(tensors, again)
+  assert about == about_again
   save_adapter(adapter, tmp_path / "two", dtype="bfloat16")        # replaces
   assert {str(x.dtype) for x in read(tmp_path / "two")[0].values()} == {"bfloat16"}
   assert [p.name for p in (tmp_path / "two").iterdir()] == [FILE]
