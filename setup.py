@@ -27,6 +27,7 @@ setuptools.setup(
         "safetensors>=0.4.3",          # checkpoint files of the diffusers world
         "scipy>=1.12",                 # pairwise distances
         "tensorboardX>=2.6",           # event files without TensorFlow
+        "requests>=2.31",              # rewards behind HTTP, with its retries
         "tokenizers>=0.19",            # CLIP's byte-pair encoding
         "tqdm>=4.66",                  # progress bars
     ],

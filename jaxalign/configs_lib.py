@@ -60,7 +60,7 @@ class RewardConfig:
 
   Attributes:
     names: built-in names, `NAME:WHERE` for published weights (docs/rewards.md), or
-      `path/to/file.py:function`.
+      `path/to/file.py:function`, or the URL of a scorer behind HTTP.
     weights: one factor a name.
   """
   names: tuple[str, ...] = ("emoji_clip",)

@@ -133,8 +133,8 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
 
   Args:
     names: config key `reward.names`: names in `REWARDS` or from an entry point, `NAME:WHERE` with a
-      name in `PRETRAINED`, or `path/to/file.py:function`. No name twice. Without WHERE in what is
-      returned, unless it tells two of one name apart.
+      name in `PRETRAINED`, `path/to/file.py:function`, or a URL. No name twice. Without WHERE in
+      what is returned, unless it tells two of one name apart.
     weights: config key `reward.weights`, one finite number for each name, in raw units of its term.
   Raises:
     UserError: for anything that the config or the user's file gets wrong.
@@ -221,6 +221,9 @@ def _without_where(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _find(name: str) -> Reward | HostReward:
+  if name.startswith(("http://", "https://")):
+    from jaxalign.rewards.http import http_reward
+    return http_reward(name)
   if ".py:" in name:
     from jaxalign.rewards.user import load_user_reward
     return load_user_reward(name)
@@ -242,7 +245,7 @@ def _find(name: str) -> Reward | HostReward:
   if name not in factories:
     raise UserError(f"reward.names: unknown reward '{name}'; choose from "
                     f"{', '.join(sorted(factories))}, NAME:WHERE with one of "
-                    f"{', '.join(PRETRAINED)}, or path/to/file.py:function")
+                    f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
   return factories[name]()
 
 
