@@ -271,8 +271,8 @@ class Programs:
     begun = time.monotonic()
     with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
       programs = []
-      for lowered in self.lowered(state).values():
-        programs.append(lowered.compile())
+      for traced in self.traced(state).values():
+        programs.append(traced.lower().compile())
         bar.update()
     self._collect, self._update = programs
     processes.barrier("compiled")
@@ -280,7 +280,7 @@ class Programs:
     return (f"compiled in {time.monotonic() - begun:.0f} s, update needs "
             f"{self.update_bytes / 2**20:.0f} MiB")
 
-  def lowered(self, state) -> dict[str, jax.stages.Lowered]:
+  def traced(self, state) -> dict[str, jax.stages.Traced]:
     """The programs "collect" and "update" for this state (arrays or shapes), not compiled yet."""
     exp, method = self._exp, self._method
 
@@ -303,13 +303,13 @@ class Programs:
     # Images to be scored here stay apart; scores are small, and every process reads all of them.
     on_host = isinstance(exp.reward, HostReward)
     collect = jax.jit(collect, out_shardings=(
-        self._batch, self._batch if on_host else self._replicated)).lower(
+        self._batch, self._batch if on_host else self._replicated)).trace(
             state, exp.frozen, self._table, self._example, self._ids, key)
     experience = jax.tree.map(on_batch, collect.out_info[0])
     rewards = (on_batch(jax.ShapeDtypeStruct(self._ids.shape, np.float32))
                if "final" in experience else None)
     shardings = jax.tree.map(lambda a: a.sharding, state)
-    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, self._replicated)).lower(
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, self._replicated)).trace(
         state, exp.frozen, experience, rewards, key)
     return {"collect": collect, "update": update}
 

@@ -47,8 +47,8 @@ class Need:
 
   Attributes:
     arguments, outputs, temporary, code: bytes; `outputs` without those that reuse an argument.
-    flops, traffic, collective: operations, bytes to and from memory, bytes between chips. `flops`
-      is 0 where the compiler did not say.
+    flops, traffic, collective: operations of matrix products and convolutions, bytes to and from
+      memory, bytes between chips.
     seconds: that compiling took.
   """
   arguments: int
@@ -90,12 +90,12 @@ def plan(cfg: Config, target: str) -> str:
                       jax.random.key(cfg.seed), pairs)
   state = programs.state_shapes()
   needs = {}
-  with processes.progress(total=2, desc="lowering", unit="program", leave=False) as bar:
-    lowered = programs.lowered(state)
-    for name in list(lowered):
+  with processes.progress(total=2, desc="tracing", unit="program", leave=False) as bar:
+    traced = programs.traced(state)
+    for name in list(traced):
       bar.set_description(f"compiling {name} for {target}")
       bar.refresh()
-      needs[name] = measure(lowered.pop(name))
+      needs[name] = measure(traced.pop(name), exp.mesh.size)
       bar.update()
   return describe(cfg, target, chip, exp, state, needs)
 
@@ -150,24 +150,57 @@ class PairShapes:
             "pairs": {"latents": latents, "label": jax.ShapeDtypeStruct((len(ids),), np.float32)}}
 
 
-def measure(lowered) -> Need:
-  """Compiles a program and asks XLA what it needs."""
+def measure(traced, chips: int) -> Need:
+  """Compiles a program and asks XLA what it needs on each of so many chips.
+
+  XLA counts the body of a loop once. Operations are therefore counted here, and its figure for
+  memory traffic is scaled as its figure for operations would have to be.
+  """
   begun = time.monotonic()
-  compiled = lowered.compile()
+  compiled = traced.lower().compile()
   seconds = time.monotonic() - begun
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  flops = operations(traced.jaxpr.jaxpr) / chips
+  seen = max(cost.get("flops", 0.0), 0.0)
+  traffic = max(cost.get("bytes accessed", 0.0), 0.0) * max(flops / seen if seen else 1.0, 1.0)
   return Need(
       arguments=memory.argument_size_in_bytes,
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporary=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes,
-      flops=max(cost.get("flops", 0.0), 0.0), traffic=max(cost.get("bytes accessed", 0.0), 0.0),
+      flops=flops, traffic=traffic,
       collective=collective_bytes(compiled.as_text()), seconds=seconds)
+
+
+def operations(jaxpr) -> float:
+  """Multiplications and additions of the matrix products and convolutions of a jaxpr.
+
+  A scan's body counts as often as it runs, the larger branch of a conditional once, the body of an
+  open-ended loop once.
+  """
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      total += 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+    elif name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval
+      features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+      total += 2 * eqn.outvars[0].aval.size * kernel.size / features
+    elif name == "cond":
+      total += max(operations(branch.jaxpr) for branch in params["branches"])
+    else:
+      times = params["length"] if name == "scan" else 1
+      inner = [v for v in params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+      total += times * sum(operations(getattr(v, "jaxpr", v)) for v in inner)
+  return total
 
 
 def collective_bytes(hlo: str) -> float:
   """Bytes that the collectives of a compiled module give out, those in loops as often as they run.
 
-  Loops whose trip count XLA does not know are counted once.
+  How often is what XLA notes, or else the number in the loop's condition.
   """
   computations, name, entry = {}, None, None
   for line in hlo.splitlines():
@@ -190,8 +223,11 @@ def collective_bytes(hlo: str) -> float:
         out += shape_bytes(found[1])
       elif found[2] == "while":
         body = re.search(r"body=%?([\w.\-]+)", line)
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        out += total(body[1]) * (int(trips[1]) if trips else 1)
+        noted = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
+        numbers = [noted[1]] if noted else re.findall(
+            r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(condition[1], ())))
+        out += total(body[1]) * max(map(int, numbers), default=1)
       elif found[2] in ("fusion", "call"):
         called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
         out += total(called[1]) if called else 0.0

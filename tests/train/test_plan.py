@@ -1,7 +1,9 @@
 """`--plan`: programs compiled from shapes, for machines that are not here."""
 import importlib.util
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
@@ -20,9 +22,14 @@ HloModule m
   ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %all-reduce.3)
 }
 
+%cond.1 (q: (s32[], f32[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
 ENTRY %main (a: f32[8,4]) -> f32[16,4] {
   %a = f32[8,4]{1,0} parameter(0)
-  %w = (s32[], f32[8,4]{1,0}) while(%init), body=%body.1, config={"known_trip_count":{"n":"5"}}
+  %w = (s32[], f32[8,4]{1,0}) while(%init), condition=%cond.1, body=%body.1NOTED
   %g = bf16[16,4]{1,0} get-tuple-element(%w), index=1
   ROOT %all-gather.1 = bf16[16,4]{1,0} all-gather(%g), dimensions={0}
 }
@@ -33,9 +40,37 @@ CHIP = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1),
                          ("data", "fsdp", "tensor"))
 
 
-def test_collectives_in_loops_count_as_often_as_they_run():
+@pytest.mark.parametrize("noted, times", [
+    ("", 5), (', backend_config={"known_trip_count":{"n":"7"}}', 7)])
+def test_collectives_in_loops_count_as_often_as_they_run(noted, times):
   assert plan.shape_bytes("(f32[2,3]{1,0}, bf16[4], pred[])") == 24 + 8 + 1
-  assert plan.collective_bytes(HLO) == 5 * 8 * 4 * 4 + 16 * 4 * 2
+  found = plan.collective_bytes(HLO.replace("NOTED", noted))
+  assert found == times * 8 * 4 * 4 + 16 * 4 * 2
+
+
+def test_operations_in_loops_count_as_often_as_they_run():
+  x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+  matrix = jnp.zeros((4, 4))
+
+  def function(x, kernel, matrix):
+    x = jax.jit(lambda x: nn.Conv(5, (3, 3)).apply({"params": {
+        "kernel": kernel, "bias": jnp.zeros(5)}}, x))(x)
+    body = lambda m, _: (jax.checkpoint(lambda m: jnp.sin(m @ matrix))(m), None)
+    return x.sum() + jax.lax.scan(body, matrix, None, length=10)[0].sum()
+  convolution, product = 2 * (2 * 8 * 8 * 5) * 27, 2 * 4 ** 3
+  jaxpr = jax.make_jaxpr(function)(x, kernel, matrix).jaxpr
+  assert plan.operations(jaxpr) == convolution + 10 * product
+
+
+@pytest.mark.parametrize("name, tflop", [("sd15", 0.803), ("sdxl", 6.761)])
+def test_forward_pass_of_a_unet(name, tflop):
+  """Budgets counted with torch's flop counter on diffusers' own models, one image."""
+  unet = open_pipeline(f"jaxalign:{name}", shapes_only=True).unet
+  x, t, text, added = jax.eval_shape(unet.example_inputs)
+  text = jax.ShapeDtypeStruct((1, 77, text.shape[-1]), text.dtype)
+  params = jax.eval_shape(unet.init, jax.random.key(0), x, t, text, added)
+  found = plan.operations(jax.make_jaxpr(unet.apply)(params, x, t, text, added).jaxpr)
+  assert found == pytest.approx(tflop * 1e12, rel=0.02)
 
 
 def test_bytes_per_chip_follow_the_sharding():
