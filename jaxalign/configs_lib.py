@@ -37,7 +37,8 @@ class ModelConfig:
       safetensors file, or a folder with `pytorch_lora_weights.safetensors`. Where adapter is "lora"
       it is the policy's start, of the same rank and targets, and the reference is the model without
       it; else, and for methods that train no weights, it is merged into the model. Empty is none.
-    dtype: compute dtype, "float32" or "bfloat16"; parameters are float32 always.
+    dtype: compute dtype, "float32" or "bfloat16". What is trained is float32 always; kernels of
+      frozen networks lie in the dtype they compute in.
     remat: "none", or "block" to keep less activation memory in gradients.
   """
   path: str = "jaxalign:emoji"
@@ -249,6 +250,11 @@ class Config:
   def group(self) -> int:
     """Trajectories of each prompt in a batch, side by side; they stay in one micro-batch."""
     return getattr(self.method, "group", 1)
+
+  @property
+  def trains_all(self) -> bool:
+    """Whether all weights of the UNet are trained."""
+    return self.model.adapter == "full" and self.method_name not in methods.AT_INFERENCE
 
   @property
   def merges_lora(self) -> bool:

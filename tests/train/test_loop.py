@@ -14,7 +14,7 @@ from jaxalign.checkpoint import Checkpointer
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import nabla_gfn
-from jaxalign.train import loop
+from jaxalign.train import experiment, loop
 
 
 def weights(path):
@@ -332,3 +332,36 @@ def test_black_box_rewards_reach_the_update(monkeypatch):
   assert line["loss/total"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
   summary = json.loads((path / "summary.json").read_text())
   assert {"reward", "reward/brightness", "reward/jpeg_compressibility"} <= summary["tuned"].keys()
+
+
+def test_frozen_kernels_lie_in_the_dtype_they_compute_in():
+  """The same numbers to the bit, from half of the memory; what is trained stays f32."""
+  cfg = runs.smoke(model__dtype="bfloat16")
+  exp = experiment.build(cfg, jax.devices()[:1])
+  kinds = lambda tree: {(a.ndim > 1, str(a.dtype)) for a in jax.tree.leaves(tree)}
+  for name in ("base", "decoder"):
+    assert kinds(exp.frozen[name]) == {(True, "bfloat16"), (False, "float32")}
+  assert kinds(exp.pipeline.params["unet"]) == {(True, "float32"), (False, "float32")}
+  adapter = exp.models.init_policy(jax.random.key(0), exp.frozen)
+  assert kinds(adapter) == {(True, "float32")}
+  adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+
+  ids = exp.pipeline.tokenize(["a cat"])
+  text = exp.encode(ids)
+  x = jax.random.normal(jax.random.key(1), (1, *exp.models.latent_shape))
+  draw = jax.jit(lambda base, decoder, text: (
+      exp.models.denoise(exp.models.combine(adapter, base), x, jnp.full(1, 300), text),
+      exp.models.decode(decoder, x)))
+  params = exp.pipeline.params
+  jax.tree.map(np.testing.assert_array_equal, text,
+               jax.jit(exp.pipeline.encode_prompts)(exp.pipeline.text_params, ids))
+  jax.tree.map(np.testing.assert_array_equal, draw(exp.frozen["base"], exp.frozen["decoder"], text),
+               draw(params["unet"], params["vae"], text))
+
+
+def test_weights_that_are_trained_start_from_f32():
+  cfg = runs.smoke(model__dtype="bfloat16", model__adapter="full")
+  exp = experiment.build(cfg, jax.devices()[:1])
+  kinds = lambda name: {str(a.dtype) for a in jax.tree.leaves(exp.frozen[name])}
+  assert kinds("base") == {"float32"}
+  assert kinds("decoder") == {"float32", "bfloat16"}
