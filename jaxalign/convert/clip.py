@@ -19,8 +19,8 @@ _FILES = ["config.json", "preprocessor_config.json", "vocab.json", "merges.txt",
           "tokenizer_config.json", "special_tokens_map.json", "model*.safetensors*"]
 
 # The normalisation that CLIP was trained with; a preprocessor_config.json may say otherwise.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What open_clip calls the modules, in the order in which they are renamed.
 _OPEN_CLIP = (
@@ -132,7 +132,7 @@ def _normalisation(folder: pathlib.Path):
   file = folder / "preprocessor_config.json"
   config = read_json(file) if file.is_file() else {}
   found = []
-  for key, default in (("image_mean", _MEAN), ("image_std", _STD)):
+  for key, default in (("image_mean", MEAN), ("image_std", STD)):
     value = config.get(key, default)
     if not (isinstance(value, (list, tuple)) and len(value) == 3
             and all(isinstance(x, (int, float)) for x in value)):

@@ -121,6 +121,7 @@ PRETRAINED: dict[str, Callable[[str], Reward | HostReward]] = {
   "hpsv2": _pretrained("clip_towers", "hpsv2"),
   "hpsv2.1": _pretrained("clip_towers", "hpsv2_1"),
   "aesthetic": _pretrained("clip_towers", "aesthetic"),
+  "image_reward": _pretrained("image_reward", "image_reward"),
 }
 
 

@@ -23,8 +23,9 @@ from jaxalign.errors import UserError
 from jaxalign.models.clip import unit
 from jaxalign.rewards import Reward
 
-# Widths and module numbers of the aesthetic head; dropout, which takes the other numbers, is off.
-_HEAD_WIDTHS, _HEAD_LAYERS = (1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
+# Widths and module numbers of the linear heads of the aesthetic score and of ImageReward; dropout,
+# which takes the other numbers, is off.
+HEAD_WIDTHS, HEAD_LAYERS = (1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
 
 
 def resize(images, height: int, width: int):
@@ -85,30 +86,39 @@ def aesthetic(where: str) -> Reward:
 
   Five linear layers without activations between them, trained on ratings from 1 to 10.
   """
-  directory, head = _split(where)
-  if head is None:
+  directory, file = split(where)
+  if file is None:
     raise UserError(f"{where}: the aesthetic score needs the file of its head too, as DIR,WEIGHTS")
   clip = load_clip(directory)
-  width, shapes = clip.vision.config.projection_dim, {}
-  for layer, out in zip(_HEAD_LAYERS, _HEAD_WIDTHS):
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    shapes[str(layer)] = {"kernel": of(width, out), "bias": of(out)}
-    width = out
-  params = {"vision": clip.params["vision"],
-            "head": read_weights(head, "head", {"layers": shapes})["layers"]}
+  shapes = {"layers": head_shapes(clip.vision.config.projection_dim)}
+  params = {"vision": clip.params["vision"], "head": read_weights(file, "head", shapes)["layers"]}
   embed = _embed_images(clip, crop)
 
   def score(params, images, prepared):
-    x = embed(params["vision"], images)
-    for layer in _HEAD_LAYERS:
-      weights = params["head"][str(layer)]
-      x = x @ weights["kernel"] + weights["bias"][None]
-    return x[:, 0]
+    return head(params["head"], embed(params["vision"], images))
 
   return Reward("aesthetic", params, lambda prompts: {}, score, "rating, about 1 to 10")
 
 
-def _split(where: str) -> tuple[str, str | None]:
+def head_shapes(width: int) -> dict:
+  """Shapes of the parameters of a linear head on `width` features."""
+  shapes, of = {}, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  for layer, out in zip(HEAD_LAYERS, HEAD_WIDTHS):
+    shapes[str(layer)] = {"kernel": of(width, out), "bias": of(out)}
+    width = out
+  return shapes
+
+
+def head(params, x):
+  """`[B, D] -> [B]`: linear layers without activations between them."""
+  for layer in HEAD_LAYERS:
+    weights = params[str(layer)]
+    x = x @ weights["kernel"] + weights["bias"][None]
+  return x[:, 0]
+
+
+def split(where: str) -> tuple[str, str | None]:
+  """`DIR` or `DIR,WEIGHTS` -> both parts."""
   directory, comma, weights = where.partition(",")
   if comma and not weights:
     raise UserError(f"{where}: no file after the comma")
@@ -131,7 +141,7 @@ def _embed_images(clip: Clip, fit):
 
 def _cosine(name: str, where: str, fit, span: str, scaled: bool = False) -> Reward:
   """Cosine of image and prompt, times the exponential of the trained logit scale if `scaled`."""
-  clip = load_clip(*_split(where))
+  clip = load_clip(*split(where))
   embed = _embed_images(clip, fit)
   embed_text = jax.jit(
       lambda params, ids: unit(clip.text.apply({"params": params}, ids).projected))
