@@ -9,9 +9,11 @@ from jaxalign.metrics.samples import (
   paired_difference,
   pairwise_diversity,
   tilt_expectation,
+  vendi_score,
   within_prompt_std,
 )
 
 __all__ = [
   "clustered_mean", "frechet_distance", "frechet_with_floor", "gaussian_path_kl",
-  "paired_difference", "pairwise_diversity", "tilt_expectation", "within_prompt_std"]
+  "paired_difference", "pairwise_diversity", "tilt_expectation", "vendi_score",
+  "within_prompt_std"]

@@ -6,7 +6,7 @@ Samples of one prompt resemble each other, so prompts, not images, are the indep
 """
 import numpy as np
 from scipy.spatial.distance import pdist, squareform
-from scipy.special import softmax
+from scipy.special import entr, softmax
 
 
 def clustered_mean(values) -> dict:
@@ -74,6 +74,23 @@ def pairwise_diversity(features) -> dict:
   per_prompt = np.array([pdist(f).mean() for f in features])
   n = features.shape[0] * features.shape[1]
   return _over_prompts(per_prompt, n) | {"per_prompt": per_prompt}
+
+
+def vendi_score(features) -> dict:
+  """How many different samples the K of a prompt amount to: the Vendi score, in [1, K].
+
+    exp(-sum_i l_i log l_i),  l the eigenvalues of K_ij / K,  K_ij = f_pi . f_pj / |f_pi| |f_pj|
+
+  Args:
+    features: `[P,K,D]`, K >= 2, no zero vector.
+  Returns:
+    `mean` and `sem` over prompts, `n` = P K.
+  Reference: Friedman & Dieng 2023, arXiv 2210.02410, with the cosine kernel.
+  """
+  features = _unit(features)
+  # The squares of f's singular values are the eigenvalues, without loss of digits.
+  shares = np.linalg.svd(features, compute_uv=False) ** 2 / features.shape[1]
+  return _over_prompts(np.exp(entr(shares).sum(1)), features.shape[0] * features.shape[1])
 
 
 def tilt_expectation(base_rewards, features, beta: float, *, bootstraps: int = 200,

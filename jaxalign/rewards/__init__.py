@@ -36,6 +36,8 @@ class Reward:
     differentiable: False if the gradient is zero or meaningless, as for a yes/no rule; methods that
       climb reward gradients must refuse such a reward.
     parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
+    features: `(params, images [B,H,W,3] in [0,1]) -> [B, D]`, what the reward sees in an image, for
+      diversity and Frechet distance; pure. None where it has no such thing: it cannot be a judge.
   """
   name: str
   params: Any
@@ -44,6 +46,7 @@ class Reward:
   range: str = ""
   differentiable: bool = True
   parts: tuple[tuple[str, float, "Reward"], ...] = ()
+  features: Callable[[Any, jax.Array], jax.Array] | None = None
 
   @property
   def weights(self) -> dict[str, float]:

@@ -97,7 +97,8 @@ def aesthetic(where: str) -> Reward:
   def score(params, images, prepared):
     return head(params["head"], embed(params["vision"], images))
 
-  return Reward("aesthetic", params, lambda prompts: {}, score, "rating, about 1 to 10")
+  return Reward("aesthetic", params, lambda prompts: {}, score, "rating, about 1 to 10",
+                features=_features(embed))
 
 
 def head_shapes(width: int) -> dict:
@@ -161,4 +162,8 @@ def _cosine(name: str, where: str, fit, span: str, scaled: bool = False) -> Rewa
   params = {"vision": clip.params["vision"]}
   if scaled:
     params["logit_scale"] = clip.params["logit_scale"]
-  return Reward(name, params, prepare, score, span)
+  return Reward(name, params, prepare, score, span, features=_features(embed))
+
+
+def _features(embed):
+  return lambda params, images: embed(params["vision"], images)

@@ -139,14 +139,11 @@ SCORERS = {"emoji_clip": EmojiClip, "emoji_judge": EmojiJudge}
 
 @dataclasses.dataclass(frozen=True)
 class Judge(Reward):
-  """A reward that also describes images.
+  """A reward that also tells styles apart.
 
   Attributes:
-    features: `(params, images [B,H,W,3] in [0,1]) -> [B, D]`, D = 64, of length one, for diversity
-      and Frechet distance. Pure.
     style: `(params, images [B,H,W,3] in [0,1]) -> [B, 2]` logits for Noto and Twemoji. Pure.
   """
-  features: Callable[[Any, jax.Array], jax.Array] | None = None
   style: Callable[[Any, jax.Array], jax.Array] | None = None
 
 

@@ -147,10 +147,11 @@ class Evaluator:
 
 
 def describe(samples: Samples) -> dict:
-  """Mean, clustered standard error and n of every score, and diversity."""
+  """Mean, clustered standard error and n of every score, and two measures of diversity."""
   out = {name: metrics.clustered_mean(value) for name, value in samples.scores.items()}
   out["reward"]["within_prompt_std"] = metrics.within_prompt_std(samples.scores["reward"])
   out["diversity"] = _diversity(samples)
+  out["vendi"] = metrics.vendi_score(samples.features)
   return out
 
 

@@ -93,7 +93,8 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   reward = make_reward(cfg.reward.names, cfg.reward.weights)
   judge = make_reward((cfg.eval.judge,), (1.0,)).parts[0][2]
   if getattr(judge, "features", None) is None:
-    raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs")
+    raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs; "
+                    "emoji_judge does, and clip_score:DIR and its kin (docs/rewards.md)")
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)

@@ -9,6 +9,7 @@ from jaxalign.metrics import (
   paired_difference,
   pairwise_diversity,
   tilt_expectation,
+  vendi_score,
   within_prompt_std,
 )
 
@@ -159,3 +160,31 @@ def test_the_same_seed_gives_the_same_errors():
 def test_bad_shapes_and_values_raise(call):
   with pytest.raises(ValueError):
     call()
+
+
+def test_vendi_score_of_copies_and_of_strangers():
+  copies, strangers = np.ones((2, 5, 3)), np.stack([np.eye(5)] * 2) * 7
+  assert vendi_score(copies) == {"mean": pytest.approx(1), "sem": pytest.approx(0), "n": 10}
+  assert vendi_score(strangers)["mean"] == pytest.approx(5)
+  assert vendi_score(np.concatenate([np.ones((1, 5, 5)), strangers[:1]]))["mean"] == \
+      pytest.approx(3)
+
+
+def test_vendi_score_of_two_by_hand():
+  """Cosine c: eigenvalues (1 +- c) / 2; at c = 0.6 the entropy of (0.8, 0.2)."""
+  features = np.array([[[1, 0], [3, 4]]])
+  expected = np.exp(-0.8 * np.log(0.8) - 0.2 * np.log(0.2))
+  assert vendi_score(features) == {"mean": pytest.approx(expected), "n": 2}
+
+
+def test_vendi_score_counts_groups():
+  """Three copies each of four orthogonal samples are four."""
+  assert vendi_score(np.repeat(np.eye(4), 3, 0)[None])["mean"] == pytest.approx(4)
+
+
+def test_vendi_score_is_that_of_the_kernel():
+  features = _rng(3).standard_normal((3, 6, 40))
+  unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+  shares = [np.linalg.eigvalsh(f @ f.T / 6) for f in unit]
+  scores = [np.exp(-(s * np.log(s)).sum()) for s in shares]
+  assert vendi_score(features)["mean"] == pytest.approx(np.mean(scores))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -14,6 +15,7 @@ from jaxalign.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxalign.rewards import make_reward
 from jaxalign.rewards.clip_towers import crop, letterbox, resize
 from jaxalign.testing.fixture import make_tokenizer
+from jaxalign.train import experiment
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -171,6 +173,19 @@ def test_parity(name, fit, scaled, act, images, tmp_path):
   assert np.ptp(expected) > 0.05
   np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=1e-6)
   assert_gradient(gradient, slope)
+
+
+def test_a_clip_can_be_the_judge(clip, images):
+  """Its features are the image embedding, of length one; so runs of any domain have a diversity."""
+  folder, model = clip
+  cfg = runs.smoke(eval__judge=f"clip_score:{folder}")
+  judge = experiment.build(cfg, jax.devices()[:1]).judge
+  embedding = model.get_image_features((torch_crop(torch.tensor(
+      images.transpose(0, 3, 1, 2)), SIZE, half) - MEAN) / STD).detach()
+  np.testing.assert_allclose(judge.features(judge.params, images),
+                             embedding / embedding.norm(dim=-1, keepdim=True), atol=1e-5)
+  with pytest.raises(UserError, match="eval.judge='brightness' gives no features"):
+    experiment.build(runs.smoke(eval__judge="brightness"), jax.devices()[:1])
 
 
 def make_head(width, seed=0):
