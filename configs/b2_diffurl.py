@@ -22,12 +22,17 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   scale = 16384 / 256        # clip ranges are per latent element; the presets' are for 64x64x4
   if size == "emoji":
-    config.reward.names = ("emoji_rank",)
+    config.reward.names = ("emoji_styled",)
+    config.data.prompts, config.data.eval_prompts = (
+        "jaxalign:emoji_styles_train", "jaxalign:emoji_styles_heldout")
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
-    config.method.group, config.method.interval_stages = 8, 40
+    config.method.group, config.method.interval_stages = 8, 60
     config.method.clip_range *= scale
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 40, 10, 20
-    config.optim.lr, config.optim.warmup = 1e-3, 4
+    # As in ddpo.py: with uniform weights the last steps' densities drown what decides the image.
+    config.method.step_weights = "even"
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
+    config.train.patience = 0                   # the judge is reported, and stops nothing
+    config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 116
   elif size == "smoke":
     configs_lib.make_smoke(config)
     config.method.group, config.method.interval_stages = 4, 2

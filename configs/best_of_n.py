@@ -24,8 +24,8 @@ def get_config(arg="emoji"):
   if size == "emoji":
     config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
     config.reward.names = ("emoji_style",)
-    config.eval.prompts, config.eval.samples, config.eval.batch = 16, 2, 32
-    config.train.steps, config.train.checkpoint_every = 3 * (14 + 1) - 1, 22
+    config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
+    config.train.steps, config.train.checkpoint_every = 3 * (20 + 1) - 1, 21
   elif size == "smoke":
     configs_lib.make_smoke(config)
   else:

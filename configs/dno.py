@@ -29,9 +29,9 @@ def get_config(arg="emoji"):
   if size == "emoji":
     config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
     config.reward.names = ("emoji_style",)
-    config.eval.prompts, config.eval.samples, config.eval.batch = 16, 2, 32
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 14, 7, 7
-    config.optim.lr = 2e-2
+    config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 20, 10, 10
+    config.optim.lr = 1e-1
     config.method.rival, config.method.remat = True, "none"
   elif size == "smoke":
     configs_lib.make_smoke(config)

@@ -1,8 +1,11 @@
 """Metrics on plain arrays. `docs/metrics.md` is the glossary of the names they are logged under."""
 from jaxalign.metrics.divergence import (
+  Moments,
+  frechet_between,
   frechet_distance,
   frechet_with_floor,
   gaussian_path_kl,
+  moments,
 )
 from jaxalign.metrics.samples import (
   clustered_mean,
@@ -14,6 +17,6 @@ from jaxalign.metrics.samples import (
 )
 
 __all__ = [
-  "clustered_mean", "frechet_distance", "frechet_with_floor", "gaussian_path_kl",
-  "paired_difference", "pairwise_diversity", "tilt_expectation", "vendi_score",
-  "within_prompt_std"]
+  "Moments", "clustered_mean", "frechet_between", "frechet_distance", "frechet_with_floor",
+  "gaussian_path_kl", "moments", "paired_difference", "pairwise_diversity", "tilt_expectation",
+  "vendi_score", "within_prompt_std"]

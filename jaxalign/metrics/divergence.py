@@ -1,15 +1,38 @@
 """Distances between the tuned and the base distribution."""
+from typing import NamedTuple
+
 import numpy as np
 
 
-def frechet_distance(a, b) -> float:
-  """Squared Frechet distance between Gaussians fitted to two sets of features, as in FID.
+class Moments(NamedTuple):
+  """Mean `[D]` and ddof-1 covariance `[D, D]` of features."""
+  mean: np.ndarray
+  covariance: np.ndarray
+
+
+def moments(x) -> Moments:
+  """Of features `[N, D]`, N >= 2, in float64."""
+  x = np.asarray(x, np.float64)
+  return Moments(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
+
+
+def frechet_between(a: Moments, b: Moments) -> float:
+  """Squared Frechet distance between two Gaussians, as in FID.
 
     |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2)
 
-  with ddof-1 covariances. The last trace is the sum of the singular values of C_a^1/2 C_b^1/2,
-  where both roots come from `eigh`: unlike a root of the product it stays real and accurate when a
-  covariance is singular.
+  The last trace is the sum of the singular values of C_a^1/2 C_b^1/2, where both roots come from
+  `eigh`: unlike a root of the product it stays real and accurate when a covariance is singular.
+
+  Reference: Dowson & Landau 1982; Heusel et al. 2017.
+  """
+  cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
+  shift = ((a.mean - b.mean) ** 2).sum()
+  return float(max(0.0, shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross))
+
+
+def frechet_distance(a, b) -> float:
+  """`frechet_between` Gaussians fitted to two sets of features.
 
   Biased upward by roughly D / n times the variance: compare only at equal n, and beside the floor
   of `frechet_with_floor`.
@@ -18,16 +41,11 @@ def frechet_distance(a, b) -> float:
     a, b: `[N,D]` features, N >= 2 (each its own N), D <= 64: more would need thousands of samples.
   Returns:
     A number >= 0 in squared feature units.
-  Reference: Dowson & Landau 1982; Heusel et al. 2017.
   """
   a, b = _features("a", a), _features("b", b)
   if a.shape[1] != b.shape[1]:
     raise ValueError(f"a {a.shape} and b {b.shape} must have the same number of features")
-  root_a, trace_a = _root(a)
-  root_b, trace_b = _root(b)
-  cross = np.linalg.svd(root_a @ root_b, compute_uv=False).sum()
-  shift = ((a.mean(0) - b.mean(0)) ** 2).sum()
-  return float(max(0.0, shift + trace_a + trace_b - 2 * cross))
+  return frechet_between(moments(a), moments(b))
 
 
 def frechet_with_floor(tuned, base_a, base_b) -> dict:
@@ -82,8 +100,7 @@ def _features(name, x):
   return x
 
 
-def _root(x):
-  """Symmetric root `[D,D]` of the covariance of `x [N,D]`, and the covariance's trace."""
-  covariance = np.atleast_2d(np.cov(x, rowvar=False))
+def _root(covariance):
+  """Symmetric root of a covariance `[D,D]`."""
   values, vectors = np.linalg.eigh(covariance)
-  return (vectors * np.sqrt(values.clip(0))) @ vectors.T, np.trace(covariance)
+  return (vectors * np.sqrt(values.clip(0))) @ vectors.T
