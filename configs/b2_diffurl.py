@@ -5,8 +5,7 @@
       --config.reward.names="('my_reward.py:clip_score',)"
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, yes/no reward emoji_rank (default). Two CPU cores, about five
-           minutes by the count of operations; not measured, nor is the reward at the end.
+  emoji    the embedded model, yes/no reward emoji_styled (default), see docs/results.md
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
   b2_paper, b2_code    method presets, see docs/methods/b2_diffurl.md

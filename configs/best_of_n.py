@@ -7,8 +7,7 @@ The images are those of configs/dno.py, and N is set so that the denoiser is cal
 samples for each update of that recipe, and three for its last score.
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_clip (default); about 3 minutes on two CPU cores are
-           aimed at, not measured
+  emoji    the embedded model, reward emoji_style (default), see docs/results.md
   smoke    random-weight fixture, four candidates, for tests
   sd15, sdxl    beside configs/dno.py:sd15 and :sdxl; not measured here. Give --config.model.path
            and --config.reward.names

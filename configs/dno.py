@@ -10,7 +10,7 @@ The images are those of the evaluation: `eval.samples` of each of the first `eva
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward emoji_style, and the best of N at the same cost beside it
-           (default); about 6 minutes on two CPU cores are aimed at, not measured
+           (default), see docs/results.md
   smoke    random-weight fixture, three updates, for tests
   sd15     published settings for Stable Diffusion 1.x on 45 animals; not measured here. Give
            --config.model.path and --config.reward.names

@@ -4,7 +4,7 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward emoji_clip, gradients through the last 5 of 20 steps
-           (default); about 6 minutes on two CPU cores are aimed at, not measured
+           (default), see docs/results.md
   smoke    random-weight fixture, three updates, for tests
   sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give
            --config.model.path, --config.reward.names and --config.data.prompts

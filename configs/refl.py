@@ -3,8 +3,7 @@
   python -m jaxalign.launch --config=configs/refl.py
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_clip (default); about 6 minutes on two CPU cores are
-           aimed at, not measured
+  emoji    the embedded model, reward emoji_clip (default), see docs/results.md
   smoke    random-weight fixture, three updates, for tests
   sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
            measured here. Give --config.model.path, --config.reward.names and

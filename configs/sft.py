@@ -5,8 +5,8 @@
       --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
 
 Arguments after a colon:
-  emoji    the embedded model on Twemoji's drawings of the shipped pairs (default); six minutes on
-           two CPU cores are aimed at, neither they nor the outcome are measured
+  emoji    the embedded model on Twemoji's drawings of the shipped pairs (default), see
+           docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
@@ -23,6 +23,7 @@ def get_config(arg="emoji"):
   if size == "emoji" or size in configs_lib.MISMATCH:
     configs_lib.make_emoji_pairs(config, size)
     config.sample.batch = 64                # as many images per update as the others have
+    config.optim.lr = 2e-3
   elif size == "smoke":
     configs_lib.make_smoke(config)
     config.data.pairs = "jaxalign:fixture"

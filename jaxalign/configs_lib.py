@@ -341,9 +341,9 @@ def make_emoji_pairs(config: ml_collections.ConfigDict, size: str = "emoji") -> 
   config.data.pairs = "jaxalign:emoji" if shipped else f"runs/pairs/{size}.parquet"
   config.reward.names = ("emoji_twemoji" if shipped else MISMATCH[size],)
   config.sample.batch = 32
-  config.train.steps, config.train.checkpoint_every, config.eval.every = 120, 40, 40
+  config.train.steps, config.train.checkpoint_every, config.eval.every = 240, 60, 60
   config.train.patience = 0                 # the judge's own taste is not what pairs teach
-  config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 10, 110
+  config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 10, 230
 
 
 def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:

@@ -22,7 +22,7 @@ REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
-  "ddpo:emoji", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
+  "ddpo:emoji", "ddpo:emoji_clip", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
