@@ -49,16 +49,20 @@ class Pairs:
   def __len__(self) -> int:
     return len(self.rows)
 
-  def images(self, i: int, height: int, width: int) -> np.ndarray:
-    """Pair `i` as `[2, height, width, 3]` uint8, the preferred image first.
+  def images(self, i: int, height: int, width: int) -> dict[str, np.ndarray]:
+    """Pair `i`, the preferred image first.
 
+    Returns:
+      `pixels [2, height, width, 3]` uint8, and `origin [2, 4]` int32, which SDXL is told: height
+      and width of the file, top and left of the crop in the scaled image, in pixels.
     Raises:
       UserError: an image cannot be read; names the row.
     """
     row = int(self.rows[i])
     pair = [_read_image(content, f"{self.place(row)}: image {k}", height, width)
             for k, content in enumerate(self.load(row))]
-    return np.stack(pair if self.labels[i] >= 0.5 else pair[::-1])
+    pixels, origin = zip(*(pair if self.labels[i] >= 0.5 else pair[::-1]))
+    return {"pixels": np.stack(pixels), "origin": np.asarray(origin, np.int32)}
 
   def without_ties(self) -> "Pairs":
     keep = np.flatnonzero(self.labels != 0.5)
@@ -213,8 +217,11 @@ def _open_folder(folder: pathlib.Path) -> Pairs:
   return from_rows(rows, lambda i: f"{folder}: row {i + 1} ({rows[i]['image_0'].name})")
 
 
-def _read_image(content, place: str, height: int, width: int) -> np.ndarray:
-  """RGB `[height, width, 3]` uint8: scaled to cover that (bilinear), the middle cut out."""
+def _read_image(content, place: str, height: int, width: int):
+  """RGB `[height, width, 3]` uint8: scaled to cover that (bilinear), the middle cut out.
+
+  And where it comes from: height and width of the file, top and left of the cut.
+  """
   if not isinstance(content, (bytes, pathlib.Path)):
     raise UserError(f"{place}: {type(content).__name__} is not the bytes of an image file")
   try:
@@ -224,8 +231,10 @@ def _read_image(content, place: str, height: int, width: int) -> np.ndarray:
   except (OSError, SyntaxError, ValueError, UnidentifiedImageError,
           Image.DecompressionBombError) as error:
     raise UserError(f"{place}: cannot be read ({error})") from error
+  original = image.height, image.width
   scale = max(width / image.width, height / image.height)
   scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
   image = image.resize(scaled, Image.Resampling.BILINEAR)
   left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-  return np.asarray(image.crop((left, top, left + width, top + height)))
+  origin = (*original, top, left)
+  return np.asarray(image.crop((left, top, left + width, top + height))), origin

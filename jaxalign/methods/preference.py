@@ -212,10 +212,10 @@ def draw(models: Models, cfg: SFTConfig, batch, key) -> dict:
 
   Returns:
     Rows of B pairs with K images, 2 or (SFT) 1: `latents [B, K, ...]`, `noise [B, K or 1, ...]`,
-    `t [B]` int32, `cond`, and `label [B]`.
+    `t [B]` int32, `cond`, `label [B]`, and `origin [B, K, 4]`: size of the file and crop in pixels.
   """
   pairs, conditioning = batch["pairs"], batch["conditioning"]
-  latents, label = pairs["latents"], pairs["label"]
+  latents, label, origin = pairs["latents"], pairs["label"], pairs["origin"]
   keys = rng.per_sample(key, batch["sample_ids"])
   fold = lambda index, sample: jax.vmap(lambda k: sample(jax.random.fold_in(k, index)))(keys)
   each = lambda mask, a: mask.reshape((-1,) + (1,) * (a.ndim - 1))
@@ -225,14 +225,14 @@ def draw(models: Models, cfg: SFTConfig, batch, key) -> dict:
       noise.append(rng.normal_per_sample(keys, models.latent_shape, 1))
   else:                                             # of a tie either image, as likely as the other
     first = fold(4, jax.random.uniform) < label
-    latents = jnp.where(each(first, latents), latents[:, :1], latents[:, 1:])
+    latents, origin = (jnp.where(each(first, a), a[:, :1], a[:, 1:]) for a in (latents, origin))
   cond = conditioning.cond
   if cfg.prompt_dropout:
     drop = fold(3, jax.random.uniform) < cfg.prompt_dropout
     cond = jax.tree.map(lambda a, b: jnp.where(each(drop, a), b, a), cond, conditioning.uncond)
   steps = len(models.schedule.alphas_cumprod)
   return {"latents": latents, "noise": jnp.stack(noise, 1), "cond": cond, "label": label,
-          "t": fold(2, lambda k: jax.random.randint(k, (), 0, steps))}
+          "origin": origin, "t": fold(2, lambda k: jax.random.randint(k, (), 0, steps))}
 
 
 def denoising_errors(models: Models, variables, rows):
@@ -246,7 +246,12 @@ def denoising_errors(models: Models, variables, rows):
   each = lambda a: jnp.repeat(a, images, axis=0)
   noise, t = flat(jnp.broadcast_to(rows["noise"], latents.shape)), each(rows["t"])
   x_t = schedule.add_noise(flat(latents), noise, t)
-  prediction = models.denoise(variables, x_t, t, jax.tree.map(each, rows["cond"]))
+  cond = jax.tree.map(each, rows["cond"])
+  if "added" in cond:                        # SDXL: each image's own size and crop, caption or none
+    target = cond["added"]["time_ids"][:, 4:]
+    time_ids = jnp.concatenate([flat(rows["origin"]).astype(target.dtype), target], axis=1)
+    cond = {**cond, "added": {**cond["added"], "time_ids": time_ids}}
+  prediction = models.denoise(variables, x_t, t, cond)
   gap = prediction.astype(jnp.float32) - schedule.from_eps(noise, x_t, t)
   return jnp.square(gap).mean(tuple(range(1, gap.ndim))).reshape(-1, images)
 

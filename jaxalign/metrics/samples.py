@@ -84,13 +84,15 @@ def vendi_score(features) -> dict:
   Args:
     features: `[P,K,D]`, K >= 2, no zero vector.
   Returns:
-    `mean` and `sem` over prompts, `n` = P K.
+    `mean` and `sem` over prompts, `n` = P K, and `per_prompt`, a float64 array `[P]`.
   Reference: Friedman & Dieng 2023, arXiv 2210.02410, with the cosine kernel.
   """
   features = _unit(features)
   # The squares of f's singular values are the eigenvalues, without loss of digits.
   shares = np.linalg.svd(features, compute_uv=False) ** 2 / features.shape[1]
-  return _over_prompts(np.exp(entr(shares).sum(1)), features.shape[0] * features.shape[1])
+  per_prompt = np.exp(entr(shares).sum(1))
+  n = features.shape[0] * features.shape[1]
+  return _over_prompts(per_prompt, n) | {"per_prompt": per_prompt}
 
 
 def tilt_expectation(base_rewards, features, beta: float, *, bootstraps: int = 200,

@@ -12,6 +12,8 @@ from jaxalign.rewards.rules import color_accuracy
 from jaxalign.sampling import guided_eps, rollout
 from jaxalign.train.experiment import Experiment, gather
 
+DIVERSITY = {"diversity": metrics.pairwise_diversity, "vendi": metrics.vendi_score}
+
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
@@ -150,8 +152,9 @@ def describe(samples: Samples) -> dict:
   """Mean, clustered standard error and n of every score, and two measures of diversity."""
   out = {name: metrics.clustered_mean(value) for name, value in samples.scores.items()}
   out["reward"]["within_prompt_std"] = metrics.within_prompt_std(samples.scores["reward"])
-  out["diversity"] = _diversity(samples)
-  out["vendi"] = metrics.vendi_score(samples.features)
+  for name, measure in DIVERSITY.items():
+    out[name] = measure(samples.features)
+    del out[name]["per_prompt"]
   return out
 
 
@@ -164,9 +167,10 @@ def compare(tuned: Samples, base: Samples, base_again: Samples) -> dict:
   out = describe(tuned)
   for name, value in tuned.scores.items():
     out[name]["change"] = metrics.paired_difference(value, base.scores[name])
-  now, before = (metrics.pairwise_diversity(s.features)["per_prompt"] for s in (tuned, base))
-  out["diversity"]["ratio_to_base"] = float(now.mean() / before.mean())
-  out["diversity"]["change"] = metrics.clustered_mean((now - before)[:, None])
+  for name, measure in DIVERSITY.items():
+    now, before = (measure(s.features)["per_prompt"] for s in (tuned, base))
+    out[name]["ratio_to_base"] = float(now.mean() / before.mean())
+    out[name]["change"] = metrics.clustered_mean((now - before)[:, None])
   flat = lambda s: s.features.reshape(-1, s.features.shape[-1])
   if flat(tuned).shape[1] <= 64:
     out["fd_to_base"] = metrics.frechet_with_floor(flat(tuned), flat(base), flat(base_again))
@@ -181,8 +185,3 @@ def exact_tilt(beta: float, *draws: Samples) -> dict:
   features = np.concatenate([d.features for d in draws], 1)
   return {"beta_raw": beta, **metrics.tilt_expectation(rewards, features, beta)}
 
-
-def _diversity(samples: Samples) -> dict:
-  out = metrics.pairwise_diversity(samples.features)
-  del out["per_prompt"]
-  return out

@@ -20,7 +20,8 @@ class PairTable:
   Args:
     exp: encodes. pairs: the images.
     file: where the latents are kept, `[N, 2, h, w, c]` f32; read from there if it exists. It is
-      mapped into memory, so that it may be larger than that.
+      mapped into memory, so that it may be larger than that. `origin` of `Pairs.images` lies beside
+      it, `[N, 2, 4]` int32.
 
   Attributes:
     prompts: the caption of each pair.
@@ -32,7 +33,7 @@ class PairTable:
     import grain
 
     self.prompts = pairs.captions
-    self._latents = _encoded(exp, pairs, file)
+    self._latents, self._origin = _encoded(exp, pairs, file)
     # A pair whose first image is not the preferred one was turned round: only ties are not 1.
     self._label = np.where(pairs.labels == 0.5, 0.5, 1.0).astype(np.float32)
     captions, self._caption = np.unique(pairs.captions, return_inverse=True)
@@ -49,7 +50,8 @@ class PairTable:
     """What travels to the devices for pairs `ids [B]` (taken modulo N)."""
     ids = ids % len(self.prompts)
     return {"cond": jax.tree.map(lambda a: a[self._caption[ids]], self._cond),
-            "pairs": {"latents": np.asarray(self._latents[ids]), "label": self._label[ids]}}
+            "pairs": {"latents": np.asarray(self._latents[ids]), "label": self._label[ids],
+                      "origin": self._origin[ids]}}
 
   @staticmethod
   def gather(shared, rows, sample_ids) -> dict:
@@ -59,9 +61,10 @@ class PairTable:
             "sample_ids": sample_ids}
 
 
-def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path) -> np.ndarray:
-  """Scaled latents `[N, 2, h, w, c]`, means of the posterior, the preferred image first."""
+def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path):
+  """Scaled latents `[N, 2, h, w, c]`, means of the posterior, preferred image first; origins."""
   import grain
+  origin_file = file.with_name(f"{file.stem}_origin.npy")
   vae, shape = exp.pipeline.vae, (len(pairs), 2, *exp.models.latent_shape)
   if not processes.agreed(file.exists()):
     size = exp.config.eval.batch
@@ -74,10 +77,12 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path) -> np.ndarray:
     partial = file.with_name(f".{file.name}.partial")
     main, done = processes.is_main(), 0
     latents = np.lib.format.open_memmap(partial, "w+", np.float32, shape) if main else None
+    origin = []
     with processes.progress(total=len(pairs), desc="encoding pairs", unit="pair",
                             leave=False) as bar:
-      for images in batches:
-        n = len(images)
+      for batch in batches:
+        images, n = batch["pixels"], len(batch["pixels"])
+        origin.append(batch["origin"])
         images = np.pad(images, [(0, size - n)] + [(0, 0)] * 4)      # the last batch is filled up
         for side in range(2):
           part = encode(params, exp.put_batch(images[:, side].astype(np.float32) / 255))
@@ -88,10 +93,11 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path) -> np.ndarray:
         bar.update(n)
     if main:
       latents.flush()
+      np.save(origin_file, np.concatenate(origin))       # the latents' file says both are there
       os.replace(partial, file)
     processes.barrier("pairs encoded")
   latents = np.load(file, mmap_mode="r")
   if latents.shape != shape or latents.dtype != np.float32:
     raise UserError(f"{file}: has shape {latents.shape}, not {shape}: data.pairs changed; choose "
                     "another --workdir")
-  return latents
+  return latents, np.load(origin_file)

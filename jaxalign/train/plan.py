@@ -147,7 +147,8 @@ class PairShapes:
   def rows(self, ids) -> dict:
     latents = jax.ShapeDtypeStruct((len(ids), 2, *self._exp.models.latent_shape), np.float32)
     return {"cond": embedded(self._exp, len(ids)),
-            "pairs": {"latents": latents, "label": jax.ShapeDtypeStruct((len(ids),), np.float32)}}
+            "pairs": {"latents": latents, "label": jax.ShapeDtypeStruct((len(ids),), np.float32),
+                      "origin": jax.ShapeDtypeStruct((len(ids), 2, 4), np.int32)}}
 
 
 def measure(traced, chips: int) -> Need:

@@ -34,7 +34,8 @@ def write(path, rows, row_group_size=2):
 
 def first_colours(pairs):
   """Of each pair's first image, the preferred one: "r" or "b"."""
-  return "".join("rb"[int(pairs.images(i, 8, 8)[0, 4, 4, 2] > 100)] for i in range(len(pairs)))
+  blue = lambda i: pairs.images(i, 8, 8)["pixels"][0, 4, 4, 2]
+  return "".join("rb"[int(blue(i) > 100)] for i in range(len(pairs)))
 
 
 def test_parquet(tmp_path):
@@ -165,10 +166,26 @@ def test_images_are_scaled_and_cut_to_the_middle(tmp_path):
   buffer = io.BytesIO()
   Image.fromarray(wide).save(buffer, "png")
   rows = [row(jpg_0=buffer.getvalue(), jpg_1=picture(BLUE, (20, 40)))]
-  images = open_pairs(write(tmp_path / "a.parquet", rows), "drop").images(0, 8, 8)
+  pair = open_pairs(write(tmp_path / "a.parquet", rows), "drop").images(0, 8, 8)
+  images = pair["pixels"]
   assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
   np.testing.assert_array_equal(images[0], np.broadcast_to(RED, (8, 8, 3)))
   np.testing.assert_array_equal(images[1], np.broadcast_to(BLUE, (8, 8, 3)))
+  # Height and width of the file; top and left of the cut, in the scaled image.
+  blue_height, blue_width = Image.open(io.BytesIO(rows[0]["jpg_1"])).size[::-1]
+  top = (round(blue_height * 8 / blue_width) - 8) // 2 if blue_height > blue_width else 0
+  left = (round(blue_width * 8 / blue_height) - 8) // 2 if blue_width > blue_height else 0
+  assert top + left == 4
+  assert pair["origin"].tolist() == [[8, 16, 0, 4], [blue_height, blue_width, top, left]]
+
+
+def test_origin_goes_with_its_image(tmp_path):
+  """Where image 1 was preferred, both are turned round."""
+  pictures = dict(jpg_0=picture(BLUE, (12, 12)), jpg_1=picture(RED, (20, 20)))
+  rows = [row(**pictures), row(**pictures, label_0=0.0, label_1=1.0)]
+  pairs = open_pairs(write(tmp_path / "a.parquet", rows), "drop")
+  sides = lambda i: pairs.images(i, 8, 8)["origin"][:, 0].tolist()
+  assert sides(0) == [12, 20] and sides(1) == [20, 12]
 
 
 # ---- the shipped pairs --------------------------------------------------------------------------
@@ -183,7 +200,7 @@ def test_shipped_pairs():
   assert not set(pairs.captions) & set(read_prompts("", "jaxalign:emoji_heldout"))
   unseen = {name(prompt) for prompt in read_prompts("", "jaxalign:emoji_unseen")}
   assert unseen and not unseen & {name(caption) for caption in pairs.captions}
-  images = pairs.images(0, 32, 32)
+  images = pairs.images(0, 32, 32)["pixels"]
   assert images.shape == (2, 32, 32, 3) and np.abs(images[0] - images[1].astype(int)).mean() > 1
 
 
@@ -199,5 +216,5 @@ def test_rows_of_drawings(tmp_path):
     emoji_pairs.main([f"--drawings={tmp_path / 'emoji.npz'}", f"--output={file}"])
   pairs = open_pairs(str(files[0]), "drop")
   assert len(pairs) == 1 and pairs.captions[0].startswith("a alembic on a ")    # penguin: unseen
-  assert pairs.images(0, 32, 32)[:, 5, 5].tolist() == [list(RED), list(BLUE)]
+  assert pairs.images(0, 32, 32)["pixels"][:, 5, 5].tolist() == [list(RED), list(BLUE)]
   assert files[0].read_bytes() == files[1].read_bytes()

@@ -249,7 +249,8 @@ def pair_batch(size, shape=(1,), label=1.0):
   batch = analytic.make_batch(size)
   latents = jax.random.normal(KEY, (size, 2, *shape))
   return {"conditioning": batch["conditioning"], "sample_ids": batch["sample_ids"],
-          "pairs": {"latents": latents, "label": jnp.full(size, label)}}
+          "pairs": {"latents": latents, "label": jnp.full(size, label),
+                    "origin": jnp.arange(size * 8).reshape(size, 2, 4)}}
 
 
 def test_draw():
@@ -272,8 +273,37 @@ def test_sft_sees_preferred_images_only():
   rows = draw(models, SFTConfig(), batch, KEY)
   np.testing.assert_array_equal(rows["latents"], batch["pairs"]["latents"][:, :1])
   tied = pair_batch(64, label=0.5)
-  first = draw(models, SFTConfig(), tied, KEY)["latents"] == tied["pairs"]["latents"][:, :1]
+  rows = draw(models, SFTConfig(), tied, KEY)
+  first = (rows["latents"] == tied["pairs"]["latents"][:, :1])[:, 0, 0]
   assert 0.2 < np.mean(first) < 0.8
+  # Sizes and crops stay with their image.
+  np.testing.assert_array_equal(rows["origin"][:, 0], np.where(
+      first[:, None], tied["pairs"]["origin"][:, 0], tied["pairs"]["origin"][:, 1]))
+
+
+@pytest.mark.parametrize("cfg", [DPOConfig(), SFTConfig()])
+def test_xl_is_told_each_images_size_and_crop(cfg):
+  """In place of the table's, with the trained size behind; also where the caption is dropped."""
+  seen = {}
+
+  def denoise(variables, x, t, cond):
+    seen.update(cond["added"])
+    return 0 * x
+  batch, images = pair_batch(4), 1 if type(cfg) is SFTConfig else 2
+  added = lambda value: {"text_embeds": jnp.full((4, 3), value),
+                         "time_ids": jnp.tile(jnp.asarray([[64.0, 64, 0, 0, 64, 48]]), (4, 1))}
+  batch["conditioning"] = batch["conditioning"]._replace(
+      cond={"text": jnp.ones((4, 3, 2)), "added": added(1.0)},
+      uncond={"text": jnp.zeros((4, 3, 2)), "added": added(0.0)})
+  models = dataclasses.replace(world(), denoise=denoise)
+  rows = draw(models, dataclasses.replace(cfg, prompt_dropout=0.5), batch, KEY)
+  denoising_errors(models, None, rows)
+  origin = np.asarray(batch["pairs"]["origin"])[:, :images].reshape(-1, 4)
+  np.testing.assert_array_equal(seen["time_ids"][:, :4], origin)
+  np.testing.assert_array_equal(seen["time_ids"][:, 4:], [[64, 48]] * 4 * images)
+  dropped = np.asarray(rows["cond"]["added"]["text_embeds"])[:, 0] == 0
+  np.testing.assert_array_equal(np.asarray(seen["text_embeds"])[:, 0] == 0,
+                                np.repeat(dropped, images))
 
 
 def test_prompt_dropout():

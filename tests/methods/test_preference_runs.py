@@ -81,7 +81,7 @@ def test_pair_table(experiment, tmp_path):
   table = PairTable(experiment, pairs, file)
   written = file.stat().st_mtime_ns
   again = PairTable(experiment, pairs, file)
-  assert file.stat().st_mtime_ns == written and len(list(tmp_path.iterdir())) == 1
+  assert file.stat().st_mtime_ns == written and len(list(tmp_path.iterdir())) == 2
   passes = [[int(i) for step in range(3 * n, 3 * n + 3) for i in table.draw(step, 4)]
             for n in range(2)]
   assert sorted(passes[0]) == sorted(passes[1]) == list(range(12)) and passes[0] != passes[1]
@@ -90,6 +90,9 @@ def test_pair_table(experiment, tmp_path):
   np.testing.assert_array_equal(rows["pairs"]["label"], [1.0] * 11 + [0.5])
   latents = rows["pairs"]["latents"]
   assert latents.shape == (12, 2, *experiment.models.latent_shape) and np.isfinite(latents).all()
+  origin = np.stack([pairs.images(i, 32, 32)["origin"] for i in range(12)])
+  np.testing.assert_array_equal(rows["pairs"]["origin"], origin)
+  np.testing.assert_array_equal(again.rows(np.arange(12))["pairs"]["origin"], origin)
   cond = experiment.embed([table.prompts[3]])["text"][0]
   # Embedded in a batch of another size: a few last digits of numbers up to 3.
   np.testing.assert_allclose(rows["cond"]["text"][3], cond, atol=1e-5)
@@ -104,7 +107,8 @@ def test_no_reference_is_allocated(experiment):
   exp = build(runs.smoke("mapo", model__adapter="full"), jax.devices()[:1])
   shape = lambda *s: jax.ShapeDtypeStruct(s, np.float32)
   rows = {"cond": {"text": shape(2, 16, 32)},
-          "pairs": {"latents": shape(2, 2, *exp.models.latent_shape), "label": shape(2)}}
+          "pairs": {"latents": shape(2, 2, *exp.models.latent_shape), "label": shape(2),
+                    "origin": shape(2, 2, 4)}}
   shared, ids = {"uncond": {"text": shape(1, 16, 32)}}, jax.ShapeDtypeStruct((2,), np.int32)
   leaves = jax.tree.leaves(exp.frozen)
   base = sum(a.nbytes for a in jax.tree.leaves(exp.frozen["base"]))

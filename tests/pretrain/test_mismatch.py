@@ -57,8 +57,8 @@ def test_pairs_are_read_as_they_were_written(drawn, tmp_path):
   pairs = open_pairs(str(tmp_path / "r3.parquet"), "drop")
   assert pairs.captions == CAPTIONS
   for i in range(4):                               # the preferred image comes first
-    np.testing.assert_allclose(pairs.images(i, 32, 32) / 255, np.stack([winners[i], losers[i]]),
-                               atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(pairs.images(i, 32, 32)["pixels"] / 255,
+                               np.stack([winners[i], losers[i]]), atol=0.5 / 255 + 1e-6)
 
 
 def test_mismatch_refuses_what_makes_no_pairs(tmp_path):
