@@ -14,6 +14,7 @@ import sys
 import numpy as np
 
 from jaxalign.command import Flags, run_command
+from jaxalign.configs_lib import load_recipe, parse
 from jaxalign.errors import UserError
 
 _FLAGS = Flags()
@@ -49,7 +50,7 @@ def read_run(folder: pathlib.Path) -> dict:
   change = {key: tuned[key]["change"] for key in ("reward", "judge") if key in tuned}
   std = base["reward"].get("within_prompt_std")
   return {
-      "recipe": summary["recipe"], "seed": config["seed"],
+      "recipe": label(summary["recipe"], config), "seed": config["seed"],
       "task": f"{' + '.join(config['reward']['names'])} on {config['data']['eval_prompts']}",
       "steps": summary["steps"], "seconds": summary["seconds"], "device": summary["device"],
       "reward_std": std, "change": change, "diversity": tuned["diversity"]["ratio_to_base"],
@@ -59,6 +60,24 @@ def read_run(folder: pathlib.Path) -> dict:
       "curve": curve}
 
 
+def label(recipe: str, config: dict) -> str:
+  """The recipe, and what the run's config has otherwise than the shipped recipe of that name.
+
+  Not what only watches a run (how often it saves, evaluates, logs), nor the task: reward and held
+  out prompts.
+  """
+  try:
+    shipped = parse(load_recipe(f"jaxalign:{recipe}")).to_dict()
+  except UserError:
+    return recipe                                            # of the user's own
+  watching = {"train.checkpoint_every", "train.keep", "eval.every", "data.eval_prompts"}
+  changed = [f"{group}.{key}={value}" for group, values in config.items()
+             if isinstance(values, dict) and group not in ("reward", "mesh", "log")
+             for key, value in values.items()
+             if f"{group}.{key}" not in watching and shipped[group].get(key) != value]
+  return " ".join([recipe, *changed])
+
+
 def over_seeds(values) -> tuple[float, float] | None:
   """Mean and standard error over seeds (nan for one), of those that were measured."""
   values = [v for v in values if v is not None]
@@ -66,6 +85,14 @@ def over_seeds(values) -> tuple[float, float] | None:
     return None
   error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
   return float(np.mean(values)), float(error)
+
+
+def change_of(rows: list[dict], score: str) -> tuple[float, float] | None:
+  """A score's paired change: mean and error over seeds; of one seed, its error over prompts."""
+  changes = [row["change"][score] for row in rows if score in row["change"]]
+  if len(changes) == 1:
+    return changes[0]["mean"], changes[0].get("sem", math.nan)
+  return over_seeds([change["mean"] for change in changes])
 
 
 def at(record: dict, key: str, limit: float, value: str) -> float | None:
@@ -107,10 +134,10 @@ def table(records: list[dict]) -> list[str]:
     spent = lambda key: f"{np.mean([r['cost'][key] for r in rows]):,.0f}"
     floor = over_seeds([r["fd"] and r["fd"]["floor"] for r in rows])
     cells = [
-        f"`{recipe}`", str(len(rows)), of(lambda r: r["change"]["reward"]["mean"], "{:+.4f}"),
+        f"`{recipe}`", str(len(rows)), _number(change_of(rows, "reward"), "{:+.4f}"),
         of(lambda r: r["change"]["reward"]["mean"] / r["reward_std"] if r["reward_std"] else None,
            "{:+.2f}"),
-        of(lambda r: r["change"]["judge"]["mean"] if "judge" in r["change"] else None, "{:+.4f}"),
+        _number(change_of(rows, "judge"), "{:+.4f}"),
         of(lambda r: 100 * r["diversity"], "{:.1f}"),
         of(lambda r: r["fd"] and r["fd"]["distance"], "{:.4f}") + (
             f" ({floor[0]:.4f})" if floor else ""),
@@ -162,9 +189,11 @@ def page(records: list[dict], folder: pathlib.Path) -> str:
            "(`results.json`).", "",
            "Reward and judge: paired change from the base model on held-out prompts, same noise. "
            "`in std`: the reward's change in standard deviations of the base model's reward within "
-           "a prompt. Mean ± standard error over seeds. The two columns at the right read watched "
-           "prompts, at the queries and the time that the cheapest run of the table spent; empty "
-           "where a run logged no curve that far. `update MiB` is what XLA assigns one device for "
+           "a prompt. Mean ± standard error over seeds; of a single seed, reward and judge have "
+           "their error over prompts. A recipe is followed by the keys that a run had otherwise. "
+           "The two columns at the right read watched prompts, at the queries and the time that "
+           "the cheapest run of the table spent; empty where a run logged no curve that far. "
+           "`update MiB` is what XLA assigns one device for "
            "the compiled update, `peak MiB` what the whole process took on a CPU.", ""]
   for number, task in enumerate(sorted({r["task"] for r in records}), 1):
     rows = [r for r in records if r["task"] == task]

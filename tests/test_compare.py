@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign import compare
+from jaxalign import compare, configs_lib
 from jaxalign.errors import UserError
 
 
@@ -58,6 +58,25 @@ def test_page_holds_what_the_runs_measured(tmp_path):
   compare._FLAGS(["compare", f"--runs={again}", f"--output={output}"])
   compare.main([])
   assert len(json.loads((tmp_path / "docs" / "results" / "results.json").read_text())) == 5
+
+
+def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):
+  """Its row says what is different, but for the task and what only watches."""
+  config = configs_lib.parse(configs_lib.load_recipe("jaxalign:ddpo:emoji")).to_dict()
+  config["method"]["step_weights"], config["optim"]["lr"] = "uniform", 3e-3
+  config["eval"]["every"], config["reward"]["names"] = 7, ["emoji_clip"]
+  run = write_run(tmp_path / "run")
+  (run / "config.json").write_text(json.dumps({"config": config}))
+  assert compare.read_run(run)["recipe"] == (
+      "ddpo:emoji method.step_weights=uniform optim.lr=0.003")
+  own = write_run(tmp_path / "own", recipe="mine:emoji")
+  assert compare.read_run(own)["recipe"] == "mine:emoji"
+
+
+def test_one_seed_has_its_error_over_prompts(tmp_path):
+  record = compare.read_run(write_run(tmp_path / "run"))
+  assert compare.change_of([record], "reward") == (0.1, 0.01)
+  assert compare.change_of([record, record], "reward") == (pytest.approx(0.1), 0.0)
 
 
 def test_a_curve_is_read_between_its_points_and_not_beyond():
