@@ -149,7 +149,7 @@ def assert_parity(reward, reference, images):
 
 @pytest.mark.slow
 def test_full_size(tmp_path):
-  """ViT-L/16 and BERT-base as published, on pictures of 300x200; 9 GiB."""
+  """ViT-L/16 and BERT-base as published, on pictures of 300x200; 12 GiB."""
   words = [*WORDS, *(f"unused{i}" for i in range(30522 - len(WORDS)))]
   text = {key: value for key, value in PUBLISHED.items() if key in TEXT}
   reference = Reference(tmp_path, text, LARGE, std=0.02, words=words)
