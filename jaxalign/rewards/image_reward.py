@@ -21,6 +21,9 @@ from jaxalign.rewards.clip_towers import crop, head, head_shapes, split
 
 LENGTH = 35                                     # tokens of a prompt; longer ones are cut
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
+ADDED_WORDS = 2            # [DEC] and [ENC], which BLIP appends to BERT's vocabulary; unused here
+# BLIP's contrastive projections: they are in the published file, the score does without them.
+_UNUSED = ("vision_proj.", "text_proj.")
 
 # Keys of med_config.json that have one value here, or none that counts.
 _FIXED = {"architectures": ..., "model_type": ("bert",), "hidden_act": ("gelu",),
@@ -46,7 +49,12 @@ def image_reward(where: str) -> Reward:
   config = read_json(folder / "med_config.json")
   try:
     text = layers.read_config(TextConfig, config, _FIXED, "BLIP text")
-    vision = layers.read_config(VisionConfig, config.get("vision_config", {}), {}, "BLIP vision")
+    sizes = config.get("vision_config", {})
+    layers.check_config(isinstance(sizes, dict), "BLIP", "vision_config", sizes, "an object")
+    vision = layers.read_config(VisionConfig, sizes, {}, "BLIP vision")
+    layers.check_config(text.max_position_embeddings >= LENGTH, "BLIP text",
+                        "max_position_embeddings", text.max_position_embeddings,
+                        f"at least {LENGTH}, the tokens of a prompt")
   except UserError as error:
     raise UserError(f"{folder / 'med_config.json'}: {error}") from error
   tokenizer = _tokenizer(folder / "vocab.txt", text.vocab_size)
@@ -78,20 +86,28 @@ def _tokenizer(file: pathlib.Path, vocab_size: int) -> BertWordPieceTokenizer:
   """BERT's word pieces, lower case; every prompt becomes `LENGTH` ids."""
   if not file.is_file():
     raise UserError(f"{file}: no such file; it is that of bert-base-uncased")
-  words = {word: i for i, word in enumerate(file.read_text(encoding="utf-8").splitlines())}
+  try:
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+  except ValueError as error:
+    raise UserError(f"{file}: not a text file in UTF-8 ({error})") from error
+  # Not `splitlines`: a word can be a separator such as U+2028.
+  words = {word: i for i, word in enumerate(lines)}
   missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word not in words]
   if missing:
     raise UserError(f"{file}: has no {', '.join(missing)}")
+  if len(words) not in (vocab_size - ADDED_WORDS, vocab_size):
+    raise UserError(f"{file}: {len(words)} words, the text encoder has {vocab_size - ADDED_WORDS} "
+                    f"and {ADDED_WORDS} added ones; take the file of bert-base-uncased")
   tokenizer = BertWordPieceTokenizer(words, lowercase=True)
-  if len(words) > vocab_size:
-    raise UserError(f"{file}: {len(words)} words, the text encoder has {vocab_size}")
   tokenizer.enable_truncation(LENGTH)
   tokenizer.enable_padding(length=LENGTH, pad_id=words["[PAD]"], pad_token="[PAD]")
   return tokenizer
 
 
 def _adapt(source: pathlib.Path, tensors: dict) -> dict:
+  """The published names without `blip.` and what has no use here; all three parts are there."""
   tensors = {name.removeprefix("blip."): x for name, x in tensors.items()}
+  tensors = {name: x for name, x in tensors.items() if not name.startswith(_UNUSED)}
   for part in ("visual_encoder", "text_encoder", "mlp"):
     if not any(name.startswith(f"{part}.") for name in tensors):
       raise UserError(f"{source}: {part} is missing")

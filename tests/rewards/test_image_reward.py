@@ -26,6 +26,15 @@ TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atten
             max_position_embeddings=40, vocab_size=len(WORDS) + 2, layer_norm_eps=1e-12)
 VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
               image_size=SIZE, patch_size=8)
+# What the published med_config.json says.
+PUBLISHED = dict(
+    architectures=["BertModel"], attention_probs_dropout_prob=0.1, hidden_act="gelu",
+    hidden_dropout_prob=0.1, hidden_size=768, initializer_range=0.02, intermediate_size=3072,
+    layer_norm_eps=1e-12, max_position_embeddings=512, model_type="bert", num_attention_heads=12,
+    num_hidden_layers=12, pad_token_id=0, type_vocab_size=2, vocab_size=30524, encoder_width=768,
+    add_cross_attention=True)
+LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+             num_attention_heads=16, image_size=224, patch_size=16)
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
@@ -48,30 +57,36 @@ def published_name(name):
 class Reference:
   """transformers' towers, a head of torch, and their files in the published layout."""
 
-  def __init__(self, folder):
+  def __init__(self, folder, text=TEXT, vision=VISION, std=0.1, words=WORDS):
     torch.manual_seed(0)
+    self.size = vision["image_size"]
     self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
-        **VISION, layer_norm_eps=1e-6, hidden_act="gelu")).eval()
+        **vision, layer_norm_eps=1e-6, hidden_act="gelu")).eval()
     self.text = transformers.models.blip.modeling_blip_text.BlipTextModel(
-        transformers.BlipTextConfig(**TEXT, encoder_hidden_size=VISION["hidden_size"],
+        transformers.BlipTextConfig(**text, encoder_hidden_size=vision["hidden_size"],
                                     hidden_act="gelu", is_decoder=True), add_pooling_layer=False
         ).eval()
-    widths = (TEXT["hidden_size"], *HEAD_WIDTHS)
+    widths = (text["hidden_size"], *HEAD_WIDTHS)
     self.head = torch.nn.ModuleList(map(torch.nn.Linear, widths, widths[1:]))
-    for module in (self.vision, self.text, self.head):
+    for module, spread in ((self.vision, std), (self.text, std), (self.head, 0.1)):
       for name, parameter in module.named_parameters():
         if "orm" not in name:
-          parameter.data.normal_(std=0.1)
+          parameter.data.normal_(std=spread)
     self.folder = folder
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     (folder / "med_config.json").write_text(json.dumps(
-        {**TEXT, "hidden_act": "gelu", "model_type": "bert", "vision_config": VISION}))
+        {**text, "hidden_act": "gelu", "model_type": "bert", "vision_config": vision}))
     tensors = {f"blip.visual_encoder.{published_name(n)}": p
                for n, p in self.vision.named_parameters()}
     tensors |= {f"blip.text_encoder.{n}": p for n, p in self.text.named_parameters()}
     tensors |= {f"mlp.layers.{i}.{n}": p for i, layer in zip(HEAD_LAYERS, self.head)
                 for n, p in layer.named_parameters()}
-    tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    # In the published file, without use for the score.
+    for name, width in (("vision", vision["hidden_size"]), ("text", text["hidden_size"])):
+      tensors |= {f"blip.{name}_proj.weight": torch.ones(16, width),
+                  f"blip.{name}_proj.bias": torch.ones(16)}
+    tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(
+        text["max_position_embeddings"])[None]
     self.tensors = {name: x.detach().clone().contiguous() for name, x in tensors.items()}
     torch.save(self.tensors, folder / "ImageReward.pt")
     save_file({n: x.numpy() for n, x in self.tensors.items() if "position_ids" not in n},
@@ -82,13 +97,13 @@ class Reference:
     tokenizer = transformers.BertTokenizer(self.folder / "vocab.txt")
     text = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH,
                      return_tensors="pt")
-    height, width = x.shape[2:]
+    height, width, size = *x.shape[2:], self.size
     short = min(height, width)
     x = torch.nn.functional.interpolate(
-        x, (int(SIZE * height / short), int(SIZE * width / short)), mode="bicubic", antialias=True,
+        x, (int(size * height / short), int(size * width / short)), mode="bicubic", antialias=True,
         align_corners=False)
-    top, left = (round((side - SIZE) / 2) for side in x.shape[2:])
-    x = (x[:, :, top:top + SIZE, left:left + SIZE] - MEAN) / STD
+    top, left = (round((side - size) / 2) for side in x.shape[2:])
+    x = (x[:, :, top:top + size, left:left + size] - MEAN) / STD
     image = self.vision(pixel_values=x).last_hidden_state
     state = self.text(input_ids=text.input_ids, attention_mask=text.attention_mask,
                       encoder_hidden_states=image, is_decoder=False).last_hidden_state[:, 0]
@@ -112,6 +127,10 @@ def test_scores_and_gradients_are_those_of_the_reference(reference, images, weig
   folder = reference.folder
   reward = make_reward((f"image_reward:{folder}{weights.format(folder)}",), (1.0,))
   assert reward.differentiable and reward.name == "image_reward"
+  assert_parity(reward, reference, images)
+
+
+def assert_parity(reward, reference, images):
   x = torch.tensor(images.transpose(0, 3, 1, 2), requires_grad=True)
   theirs = reference.score(x, PROMPTS)
   theirs.sum().backward()
@@ -122,10 +141,25 @@ def test_scores_and_gradients_are_those_of_the_reference(reference, images, weig
   (_, ours), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(
       images, reward.params, reward.prepare(PROMPTS))
   assert np.ptp(ours) > 1e-2                                 # neither constant nor blind
-  np.testing.assert_allclose(ours, theirs.detach(), atol=1e-5)
+  np.testing.assert_allclose(ours, theirs.detach(), atol=1e-5, rtol=1e-5)
   expected = x.grad.numpy().transpose(0, 2, 3, 1)
   scale = np.abs(expected).max()
   np.testing.assert_allclose(gradient / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_full_size(tmp_path):
+  """ViT-L/16 and BERT-base as published, on pictures of 300x200; 12 GiB."""
+  words = [*WORDS, *(f"unused{i}" for i in range(30522 - len(WORDS)))]
+  text = {key: value for key, value in PUBLISHED.items() if key in TEXT}
+  reference = Reference(tmp_path, text, LARGE, std=0.02, words=words)
+  (tmp_path / "med_config.json").write_text(json.dumps(PUBLISHED))
+  (tmp_path / "model.safetensors").unlink()                  # gigabytes
+  reward = make_reward((f"image_reward:{tmp_path},{tmp_path / 'ImageReward.pt'}",), (1.0,))
+  (tmp_path / "ImageReward.pt").unlink()
+  images = np.random.default_rng(0).uniform(size=(len(PROMPTS), 300, 200, 3))
+  images = images ** np.arange(1, len(PROMPTS) + 1)[:, None, None, None]
+  assert_parity(reward, reference, images.astype(np.float32))
 
 
 def test_prompts_become_the_tokens_of_bert(reference):
@@ -137,15 +171,23 @@ def test_prompts_become_the_tokens_of_bert(reference):
   assert prepared["image_reward/mask"].sum(1).tolist() == [6, 5, LENGTH, 4]
 
 
+def test_a_line_of_the_vocabulary_ends_in_a_newline_only(reference, tmp_path):
+  """A word may be a character at which `str.splitlines` would break the line."""
+  words = ["\u2028" if word == "house" else word for word in WORDS]
+  (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+  for name in ("med_config.json", "model.safetensors"):
+    (tmp_path / name).symlink_to(reference.folder / name)
+  prepared = make_reward((f"image_reward:{tmp_path}",), (1.0,)).prepare(["moon"])
+  assert prepared["image_reward/ids"][0, :3].tolist() == [2, WORDS.index("moon"), 3]
+
+
 def test_published_size():
   """ViT-L/16 and BERT-base with cross attention, as `BlipVisionModel` and `BlipTextModel` count."""
   shapes = jax.eval_shape(
       blip.Blip(blip.VisionConfig(), blip.TextConfig()).init, jax.random.key(0),
       jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, LENGTH), jnp.int32), jnp.ones((1, LENGTH), bool))
   with torch.device("meta"):
-    vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        image_size=224))
+    vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**LARGE))
     text = transformers.models.blip.modeling_blip_text.BlipTextModel(transformers.BlipTextConfig(
         encoder_hidden_size=1024, num_attention_heads=12), add_pooling_layer=False)
   of = lambda module: sum(p.numel() for p in module.parameters())
@@ -176,10 +218,18 @@ def test_what_is_wrong_is_named(reference, tmp_path):
   (tmp_path / "vocab.txt").write_text("\n".join(WORDS[1:]))
   assert "vocab.txt: has no [PAD]" in message(f"{tmp_path},{file}")
   (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, *"uvwxyz"]))
-  assert "20 words, the text encoder has 16" in message(f"{tmp_path},{file}")
+  assert "20 words, the text encoder has 14 and 2 added ones" in message(f"{tmp_path},{file}")
+  (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:-1]))          # of another BERT
+  assert "vocab.txt: 13 words" in message(f"{tmp_path},{file}")
+  (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
+  assert "vocab.txt: not a text file in UTF-8" in message(f"{tmp_path},{file}")
   (tmp_path / "vocab.txt").unlink()
   assert "vocab.txt: no such file" in message(f"{tmp_path},{file}")
   (tmp_path / "med_config.json").write_text(json.dumps({**TEXT, "hidden_act": "relu"}))
   assert "med_config.json: BLIP text config: hidden_act" in message(f"{tmp_path},{file}")
+  (tmp_path / "med_config.json").write_text(json.dumps({**TEXT, "vision_config": 3}))
+  assert "med_config.json: BLIP config: vision_config" in message(f"{tmp_path},{file}")
+  (tmp_path / "med_config.json").write_text(json.dumps({**TEXT, "max_position_embeddings": 34}))
+  assert "max_position_embeddings = 34" in message(f"{tmp_path},{file}")
   (tmp_path / "med_config.json").unlink()
   assert "med_config.json" in message(tmp_path)
