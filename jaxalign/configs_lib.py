@@ -86,11 +86,14 @@ class DataConfig:
       Parquet file or a folder of them, a JSONL file, a folder with winner/ and loser/,
       `jaxalign:emoji`, or `jaxalign:fixture` for tests. Empty for other methods.
     ties: "drop" pairs without a preference, or "soft": train on them with a target of one half.
+    cache: a folder where encoded pairs and captions stay for other runs, found again by the content
+      of images, captions and encoders. Empty: each run encodes for itself, in its own folder.
   """
   prompts: str = "jaxalign:emoji_train"
   eval_prompts: str = "jaxalign:emoji_heldout"
   pairs: str = ""
   ties: Literal["drop", "soft"] = "drop"
+  cache: str = ""
 
   def __post_init__(self):
     check("data", self)
@@ -231,6 +234,9 @@ class Config:
     if self.data.pairs and not self.reads_pairs:
       raise UserError(f"data.pairs={self.data.pairs}: method.name={self.method_name!r} trains on "
                       "prompts and would not read it")
+    if self.data.cache and not self.reads_pairs:
+      raise UserError(f"data.cache={self.data.cache}: method.name={self.method_name!r} reads no "
+                      "pairs, which are all that is kept there")
     if self.sample.batch % self.group:
       raise UserError(f"sample.batch={self.sample.batch} does not divide into groups of "
                       f"method.group={self.group}")

@@ -93,7 +93,7 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ data, method and state
   pairs = None
   if cfg.reads_pairs:
-    pairs = PairTable(exp, pair_files, workdir.path / "pairs.npy")
+    pairs = PairTable(exp, pair_files, workdir.path)
     say(f"{len(pair_files)} preference pairs of {len(set(pairs.prompts))} captions")
   row_prompts = pairs.prompts if pairs else train_prompts
   models = dataclasses.replace(exp.models, reward_std=reward_std)

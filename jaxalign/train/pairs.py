@@ -1,10 +1,13 @@
 """Preference pairs as training sees them: encoded once, held by the host, gathered by batch."""
 import functools
+import hashlib
 import os
 import pathlib
+import zipfile
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from jaxalign import processes, sharding
 from jaxalign.data.pairs import Pairs
@@ -19,25 +22,31 @@ class PairTable:
 
   Args:
     exp: encodes. pairs: the images.
-    file: where the latents are kept, `[N, 2, h, w, c]` f32; read from there if it exists. It is
-      mapped into memory, so that it may be larger than that. `origin` of `Pairs.images` lies beside
-      it, `[N, 2, 4]` int32.
+    folder: the run's. In `pairs.npy` there are the latents, `[N, 2, h, w, c]` f32, read from it if
+      it exists, and mapped into memory, so that it may be larger than that. `origin` of
+      `Pairs.images` lies beside it, `[N, 2, 4]` int32. Where the config names `data.cache`, both
+      lie there instead, and the embeddings too.
 
   Attributes:
     prompts: the caption of each pair.
     shared: what all batches have in common, `{"uncond"}`.
   """
 
-  def __init__(self, exp: Experiment, pairs: Pairs, file: pathlib.Path):
+  def __init__(self, exp: Experiment, pairs: Pairs, folder: pathlib.Path):
     # Its import takes seconds, and runs on prompts need none of it.
     import grain
 
     self.prompts = pairs.captions
+    file = folder / "pairs.npy"
+    if exp.config.data.cache:
+      file = _cache_file(exp, pairs)
     self._latents, self._origin = _encoded(exp, pairs, file)
     # A pair whose first image is not the preferred one was turned round: only ties are not 1.
     self._label = np.where(pairs.labels == 0.5, 0.5, 1.0).astype(np.float32)
     captions, self._caption = np.unique(pairs.captions, return_inverse=True)
-    self._cond = exp.embed([str(caption) for caption in captions])
+    captions = [str(caption) for caption in captions]
+    self._cond = (_embedded(exp, captions, file.with_name(f"{file.stem}_captions.npz"))
+                  if exp.config.data.cache else exp.embed(captions))
     self.shared = {"uncond": exp.embed([""])}
     # Order by index: a permutation of all pairs, another one for each pass, nothing to save.
     self._order = grain.MapDataset.range(len(pairs)).shuffle(exp.config.seed % 2 ** 32).repeat()
@@ -61,12 +70,65 @@ class PairTable:
             "sample_ids": sample_ids}
 
 
+def _damaged(*files: pathlib.Path) -> bool:
+  """Whether one of these arrays cannot be opened, as after a full disk."""
+  try:
+    for file in files:
+      np.load(file, mmap_mode="r")
+  except (OSError, ValueError, EOFError) as error:
+    print(f"{file} is damaged ({error}) and written anew")
+    return True
+  return False
+
+
+def _cache_file(exp: Experiment, pairs: Pairs) -> pathlib.Path:
+  """`data.cache/pairs-HASH.npy`, the hash of all that latents and embeddings follow from."""
+  folder = pathlib.Path(exp.config.data.cache)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"data.cache={folder}: {error}") from error
+  digest = hashlib.sha256(repr((exp.pipeline.image_size, exp.config.model.dtype,
+                                exp.pipeline.configs)).encode())
+  encoders = {"vae": exp.pipeline.params["vae"], **exp.pipeline.text_params}
+  for path, leaf in sorted(traverse_util.flatten_dict(encoders, sep="/").items()):
+    digest.update(path.encode())
+    digest.update(np.ascontiguousarray(leaf))
+  with processes.progress(total=len(pairs), desc="hashing pairs", unit="pair", leave=False) as bar:
+    for i in range(len(pairs)):
+      digest.update(repr((pairs.captions[i], float(pairs.labels[i]))).encode())
+      for content in pairs.load(int(pairs.rows[i])):
+        data = content.read_bytes() if isinstance(content, pathlib.Path) else content
+        digest.update(hashlib.sha256(data if isinstance(data, bytes) else repr(data).encode())
+                      .digest())
+      bar.update()
+  return folder / f"pairs-{digest.hexdigest()[:32]}.npy"
+
+
+def _embedded(exp: Experiment, captions: list[str], file: pathlib.Path):
+  """What `exp.embed` gives for captions, kept in a file; a damaged one is written anew."""
+  if processes.agreed(file.exists()):
+    try:
+      with np.load(file, allow_pickle=False) as arrays:
+        return traverse_util.unflatten_dict(dict(arrays), sep="/")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      print(f"{file} is damaged ({error}) and written anew")
+  cond = exp.embed(captions)
+  if processes.is_main():
+    partial = file.with_name(f".{file.name}")                  # numpy would append .npz to others
+    np.savez(partial, **traverse_util.flatten_dict(cond, sep="/"))
+    os.replace(partial, file)
+  processes.barrier("captions embedded")
+  return cond
+
+
 def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path):
   """Scaled latents `[N, 2, h, w, c]`, means of the posterior, preferred image first; origins."""
   import grain
   origin_file = file.with_name(f"{file.stem}_origin.npy")
   vae, shape = exp.pipeline.vae, (len(pairs), 2, *exp.models.latent_shape)
-  if not processes.agreed(file.exists()):
+  kept = file.exists() and not (exp.config.data.cache and _damaged(file, origin_file))
+  if not processes.agreed(kept):
     size = exp.config.eval.batch
     params = processes.put(exp.pipeline.params["vae"], sharding.replicated(exp.mesh))
     encode = jax.jit(functools.partial(encode_images, vae))

@@ -1,4 +1,5 @@
 """The smoke recipes of MaPO, Diffusion-DPO and SFT through the loop, and what they leave behind."""
+import dataclasses
 import json
 import math
 
@@ -78,9 +79,9 @@ def test_pair_table(experiment, tmp_path):
   """Preferred images first, encoded once; every pair once in each pass, in another order."""
   pairs = open_pairs("jaxalign:fixture", "soft")
   file = tmp_path / "pairs.npy"
-  table = PairTable(experiment, pairs, file)
+  table = PairTable(experiment, pairs, tmp_path)
   written = file.stat().st_mtime_ns
-  again = PairTable(experiment, pairs, file)
+  again = PairTable(experiment, pairs, tmp_path)
   assert file.stat().st_mtime_ns == written and len(list(tmp_path.iterdir())) == 2
   passes = [[int(i) for step in range(3 * n, 3 * n + 3) for i in table.draw(step, 4)]
             for n in range(2)]
@@ -98,7 +99,49 @@ def test_pair_table(experiment, tmp_path):
   np.testing.assert_allclose(rows["cond"]["text"][3], cond, atol=1e-5)
   assert np.abs(rows["cond"]["text"][4] - cond).max() > 0.1
   with pytest.raises(UserError, match=r"pairs\.npy: has shape \(12, .* not \(11,"):
-    PairTable(experiment, pairs.without_ties(), file)
+    PairTable(experiment, pairs.without_ties(), tmp_path)
+
+
+def test_cache_is_found_by_content(experiment, tmp_path, monkeypatch, capsys):
+  """A second run encodes nothing; other pairs or weights have files of their own; damage is mended.
+  """
+  pairs = open_pairs("jaxalign:fixture", "soft")
+  exp = dataclasses.replace(experiment, config=runs.smoke(
+      "mapo", data__cache=str(tmp_path / "cache")))
+  read = lambda exp, pairs: PairTable(exp, pairs, tmp_path / "run").rows(np.arange(len(pairs)))
+  files = lambda: sorted(path.name for path in (tmp_path / "cache").iterdir())
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  first = read(exp, pairs)
+  same(first, PairTable(experiment, pairs, tmp_path).rows(np.arange(len(pairs))))
+  assert len(files()) == 3 and not (tmp_path / "run").exists()
+
+  def refuse(*args):
+    raise AssertionError("encoded again")
+  blind = dataclasses.replace(exp, encode=refuse)
+  monkeypatch.setattr("jaxalign.train.pairs.encode_images", refuse)
+  monkeypatch.setattr(type(exp), "embed", lambda self, prompts: (
+      refuse() if prompts != [""] else {"text": np.zeros((1, 16, 32), np.float32)}))
+  same(first, read(blind, pairs))
+  monkeypatch.undo()
+
+  assert len(read(exp, pairs.without_ties())["pairs"]["label"]) == 11 and len(files()) == 6
+  params = exp.pipeline.params
+  other = {**params, "vae": jax.tree.map(lambda a: 1.1 * a, params["vae"])}
+  changed = read(dataclasses.replace(
+      exp, pipeline=dataclasses.replace(exp.pipeline, params=other)), pairs)
+  assert np.abs(changed["pairs"]["latents"] - first["pairs"]["latents"]).max() > 0.01
+  assert len(files()) == 9
+
+  for path in (tmp_path / "cache").iterdir():
+    path.write_bytes(path.read_bytes()[:-9])
+  capsys.readouterr()
+  same(first, read(exp, pairs))
+  assert capsys.readouterr().out.count("is damaged") == 2 and len(files()) == 9
+
+
+def test_cache_is_for_pairs_only():
+  with pytest.raises(UserError, match="data.cache=somewhere: method.name='ddpo' reads no pairs"):
+    runs.smoke("ddpo", data__cache="somewhere")
 
 
 def test_no_reference_is_allocated(experiment):
