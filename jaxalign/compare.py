@@ -63,14 +63,15 @@ def read_run(folder: pathlib.Path) -> dict:
 def label(recipe: str, config: dict) -> str:
   """The recipe, and what the run's config has otherwise than the shipped recipe of that name.
 
-  Not what only watches a run (how often it saves, evaluates, logs), nor the task: reward and held
-  out prompts.
+  Not what only watches a run (how often it saves, evaluates, logs), nor the task: reward and
+  prompts.
   """
   try:
     shipped = parse(load_recipe(f"jaxalign:{recipe}")).to_dict()
   except UserError:
     return recipe                                            # of the user's own
-  watching = {"train.checkpoint_every", "train.keep", "eval.every", "data.eval_prompts"}
+  watching = {"train.checkpoint_every", "train.keep", "eval.every", "eval.path_kl",
+              "data.prompts", "data.eval_prompts"}
   changed = [f"{group}.{key}={value}" for group, values in config.items()
              if isinstance(values, dict) and group not in ("reward", "mesh", "log")
              for key, value in values.items()
@@ -112,7 +113,8 @@ def _number(pair, form: str) -> str:
   if pair is None:
     return ""
   mean, error = pair
-  return form.format(mean) + ("" if math.isnan(error) else " ± " + form.format(error))
+  return form.format(mean) + (
+      "" if math.isnan(error) else " ± " + form.replace("+", "").format(error))
 
 
 def table(records: list[dict]) -> list[str]:
@@ -182,9 +184,9 @@ def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
   os.replace(partial, path)
 
 
-def page(records: list[dict], folder: pathlib.Path) -> str:
+def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
   """The page's text; its pictures are written into `folder`."""
-  lines = ["# Results", "",
+  lines = [f"# {title}", "",
            "Written by `python -m jaxalign.compare`; every number is read from the folders of runs "
            "(`results.json`).", "",
            "Reward and judge: paired change from the base model on held-out prompts, same noise. "
@@ -221,7 +223,7 @@ def main(argv) -> None:
   partial = folder / ".results.json"
   partial.write_text(json.dumps(records, indent=1) + "\n")
   os.replace(partial, kept)
-  output.write_text(page(records, folder))
+  output.write_text(page(output.stem.capitalize(), records, folder))
   print(output.read_text())
 
 

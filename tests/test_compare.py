@@ -42,8 +42,8 @@ def test_page_holds_what_the_runs_measured(tmp_path):
   row, = [line for line in text.splitlines() if line.startswith("| `ddpo:emoji`")]
   cells = [cell.strip() for cell in row.split("|")[1:-1]]
   error = np.std([0.1, 0.12, 0.14], ddof=1) / np.sqrt(3)
-  assert cells[1:5] == ["3", f"+0.1200 ± {error:+.4f}", f"+0.60 ± {error / 0.2:+.2f}",
-                        f"+0.0600 ± {error / 2:+.4f}"]
+  assert cells[1:5] == ["3", f"+0.1200 ± {error:.4f}", f"+0.60 ± {error / 0.2:.2f}",
+                        f"+0.0600 ± {error / 2:.4f}"]
   assert cells[5:9] == ["90.0 ± 0.0", "0.0500 ± 0.0000 (0.0100)", "3.0 ± 0.0", "640"]
   assert cells[10:14] == ["20 ± 0", "2.00 ± 0.00", "256", "1,024"]
   assert cells[-2].startswith("+0.0600")           # at the 320 queries of the cheapest run
