@@ -155,28 +155,32 @@ def table(records: list[dict]) -> list[str]:
 
 
 def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
-  """Reward over queries, reward over time, and reward against diversity, as PNG."""
+  """Reward over queries (if any were made), over time, and against diversity, as PNG."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
-  figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-  for recipe in sorted({r["recipe"] for r in records}):
+  curves = {"queries": "reward queries and gradients", "seconds": "seconds of training"}
+  if not any(point["queries"] for r in records for point in r["curve"]):
+    del curves["queries"]
+  recipes = sorted({r["recipe"] for r in records})
+  figure, axes = pyplot.subplots(1, len(curves) + 1, layout="constrained",
+                                 figsize=(5 * len(curves) + 5, 4.5 + 0.25 * len(recipes)))
+  for recipe in recipes:
     rows, colour = [r for r in records if r["recipe"] == recipe], None
     for row in rows:
       points = [{"queries": 0.0, "seconds": 0.0, "reward_change": 0.0}, *row["curve"]]
-      for axis, key in zip(axes, ("queries", "seconds")):
+      for axis, key in zip(axes, curves):
         line, = axis.plot([p[key] for p in points], [p["reward_change"] for p in points],
                           color=colour, label=None if colour else recipe)
         colour = line.get_color()
-    axes[2].errorbar([100 * r["diversity"] for r in rows],
-                     [r["change"]["reward"]["mean"] for r in rows],
-                     [r["change"]["reward"].get("sem", 0.0) for r in rows], fmt="o", color=colour)
-  for axis, label in zip(axes, ("reward queries and gradients", "seconds of training",
-                                "diversity, % of base")):
-    axis.set(xlabel=label, ylabel="change of the reward")
+    axes[-1].errorbar([100 * r["diversity"] for r in rows],
+                      [r["change"]["reward"]["mean"] for r in rows],
+                      [r["change"]["reward"].get("sem", 0.0) for r in rows], fmt="o", color=colour)
+  for axis, text in zip(axes, (*curves.values(), "diversity, % of base")):
+    axis.set(xlabel=text, ylabel="change of the reward")
     axis.axhline(0, color="0.8", zorder=0)
   figure.suptitle(title)
-  figure.legend(loc="outside right upper")
+  figure.legend(loc="outside lower left")
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}")
   figure.savefig(partial, dpi=110)
