@@ -1,12 +1,15 @@
-"""The notebooks run from top to bottom: the first by default, all of them among the slow tests."""
+"""The notebooks run from top to bottom: two by default, all of them among the slow tests."""
 import json
 import pathlib
 
+import jax
 import pytest
+
+from jaxalign import sharding
 
 NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-QUICK = ("01_first_alignment",)
+QUICK = ("01_first_alignment", "04_noise_optimisation_and_reward_hacking")
 
 
 def cells(name: str, kind: str) -> list[str]:
@@ -17,7 +20,10 @@ def cells(name: str, kind: str) -> list[str]:
 @pytest.mark.parametrize("name", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_notebook_runs_on_the_fixture_model(name, tmp_path, monkeypatch):
-  """Executed in this process, which has the programs of other tests at hand."""
+  """Executed in this process, which has the programs of other tests at hand; on one device."""
+  make_mesh = sharding.make_mesh
+  monkeypatch.setattr(sharding, "make_mesh",
+                      lambda *sizes: make_mesh(*sizes[:3], jax.devices()[:1]))
   monkeypatch.setenv("JAXALIGN_SIZE", "smoke")
   monkeypatch.setenv("JAXALIGN_RUNS", str(tmp_path))
   monkeypatch.chdir(tmp_path)
