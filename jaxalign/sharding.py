@@ -5,6 +5,7 @@ dimensions). Parameters are placed by ordered regexes on their path; the same ru
 moments and averages, whose paths end alike. Adapters are small and replicate.
 """
 import contextlib
+import functools
 import os
 import re
 
@@ -66,6 +67,15 @@ def use_cores(fits=lambda count: None) -> None:
       with contextlib.suppress(RuntimeError):              # a device is in use already
         jax.config.update("jax_num_cpu_devices", count)
       return
+
+
+def on_mesh(fn, mesh: Mesh):
+  """`fn`, traced with `mesh` in force, for kernels that are split over it by hand."""
+  @functools.wraps(fn)
+  def run(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **kwargs)
+  return run
 
 
 def batch_shards(mesh: Mesh) -> int:

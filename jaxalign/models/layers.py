@@ -1,4 +1,4 @@
-"""Layers that UNet and VAE share: Dense and Conv with LoRA, norms, attention, ResNet block.
+"""Layers that UNet and VAE share: Dense and Conv with LoRA, norms, ResNet block.
 
 Parameters are f32; `dtype` is what a layer computes in. Dense and Conv read a second variable
 collection, `"lora"`: where it holds factors `a` and `b` at a layer's path, a low-rank path runs
@@ -83,17 +83,6 @@ def group_norm(groups: int, eps: float, dtype, name: str) -> nn.Module:
 
 def layer_norm(dtype, name: str) -> nn.Module:
   return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def attend(q, k, v, heads: int):
-  """Multi-head attention `[B, L, D], [B, M, D], [B, M, D] -> [B, L, D]`, softmax in f32."""
-  q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-  # cuDNN's fused kernel (no [L, M] matrix in memory) has these limits on every supported GPU.
-  head_size = q.shape[-1]
-  fused = (jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-           and head_size <= 128 and head_size % 8 == 0)
-  out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
-  return out.reshape(*out.shape[:2], -1)
 
 
 class ResnetBlock(nn.Module):

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxalign.models import layers
+from jaxalign.models.attention import attend
 from jaxalign.models.layers import Conv, Dense, check_config
 
 WHERE = "UNet2DConditionModel"
@@ -110,7 +111,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, context):
     dense = lambda name: Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)
-    out = layers.attend(dense("to_q")(x), dense("to_k")(context), dense("to_v")(context),
+    out = attend(dense("to_q")(x), dense("to_k")(context), dense("to_v")(context),
                         self.heads)
     return Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out)
 

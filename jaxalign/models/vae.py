@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxalign.errors import UserError
 from jaxalign.models import layers
+from jaxalign.models.attention import attend
 from jaxalign.models.layers import Conv, Dense, check_config
 
 WHERE = "AutoencoderKL"
@@ -58,7 +59,7 @@ class Attention(nn.Module):
     B, h, w, c = x.shape
     dense = lambda name: Dense(c, dtype=self.dtype, name=name)
     y = layers.group_norm(self.groups, 1e-6, self.dtype, "group_norm")(x).reshape(B, h * w, c)
-    y = layers.attend(dense("query")(y), dense("key")(y), dense("value")(y), heads=1)
+    y = attend(dense("query")(y), dense("key")(y), dense("value")(y), heads=1)
     return x + dense("proj_attn")(y).reshape(B, h, w, c)
 
 

@@ -107,7 +107,7 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   adapter = None
   if cfg.model.lora and not outline:        # of the same shapes as a new one
     pipeline, adapter = _starting_adapter(cfg, pipeline)
-  models = make_models(cfg, pipeline, reward)
+  models = make_models(cfg, pipeline, reward, mesh)
   if adapter is not None:
     models.frozen["adapter"] = adapter
   # Whatever is trained starts as a copy of the base model or of the teacher, in f32.
@@ -183,7 +183,8 @@ def own_sampler(pipeline: Pipeline) -> SampleConfig:
   return SampleConfig(kind="one_step", steps=1, guidance=1.0)
 
 
-def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) -> Models:
+def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward,
+                mesh: Mesh) -> Models:
   """The seam between this pipeline and the methods."""
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, cfg.sample.steps, kind=cfg.sample.kind, eta=cfg.sample.eta,
@@ -208,11 +209,12 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward) ->
   if cfg.model.teacher:
     frozen["teacher"] = _teacher(cfg.model.teacher, pipeline)
   differentiable = isinstance(reward, Reward) and reward.differentiable
+  decode = sharding.on_mesh(functools.partial(decode_images, pipeline.vae), mesh)
   return Models(
-      denoise=pipeline.denoise, schedule=schedule, sampler=sampler, guidance=cfg.sample.guidance,
-      latent_shape=pipeline.latent_shape, combine=combine, init_policy=init_policy,
-      decode=functools.partial(decode_images, pipeline.vae),
-      decode_unclamped=functools.partial(decode_images, pipeline.vae, clamp=False),
+      denoise=sharding.on_mesh(pipeline.denoise, mesh), schedule=schedule, sampler=sampler,
+      guidance=cfg.sample.guidance, latent_shape=pipeline.latent_shape, combine=combine,
+      init_policy=init_policy,
+      decode=decode, decode_unclamped=functools.partial(decode, clamp=False),
       score=reward.score if differentiable else None, flow=make_flow_net(pipeline),
       frozen=frozen)
 

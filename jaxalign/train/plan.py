@@ -175,8 +175,8 @@ def measure(traced, chips: int) -> Need:
 def operations(jaxpr) -> float:
   """Multiplications and additions of the matrix products and convolutions of a jaxpr.
 
-  A scan's body counts as often as it runs, the larger branch of a conditional once, the body of an
-  open-ended loop once.
+  A scan's body counts as often as it runs, a kernel's for every cell of its grid, the larger branch
+  of a conditional once, the body of an open-ended loop once.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
@@ -193,6 +193,10 @@ def operations(jaxpr) -> float:
       total += max(operations(branch.jaxpr) for branch in params["branches"])
     else:
       times = params["length"] if name == "scan" else 1
+      if name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
+      elif name == "shard_map":                  # what every chip does
+        times = params["mesh"].size
       inner = [v for v in params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
       total += times * sum(operations(getattr(v, "jaxpr", v)) for v in inner)
   return total
