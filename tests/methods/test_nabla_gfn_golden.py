@@ -377,8 +377,9 @@ def test_three_modes_in_two_dimensions_are_tilted(steps, updates, batch, bias):
 
   Tolerances: 4 Monte Carlo standard errors of 20000 samples on each side, and bounds on the bias:
   on weights for the two reasons above, both of which shrink with more steps and updates (measured
-  0.035 at most over three keys, and 0.023), 0.04 on means within modes, and 0.05 more on means beside the closed form,
-  which is that of the data: 25 steps shrink the variance 0.1, and with it the shift, to 0.07.
+  0.035 at most over three keys, and 0.023), 0.04 on means within modes, and 0.05 more on means
+  beside the closed form, which is that of the data: 25 steps shrink the variance 0.1, and with it
+  the shift, to 0.07.
   """
   mixture = analytic.Mixture(
     np.asarray([0.5, 0.3, 0.2]), np.asarray([[-1.5, 0.0], [1.5, 0.0], [0.0, 1.5]]), np.full(3, 0.1)

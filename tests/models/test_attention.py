@@ -1,4 +1,4 @@
-"""The fused attention of TPUs: its numbers by interpretation, its memory by compiling for a slice."""
+"""The fused attention of TPUs: its numbers by interpretation, its memory by compiling for one."""
 import importlib.util
 
 import jax
