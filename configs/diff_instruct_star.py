@@ -1,11 +1,10 @@
 """Diff-Instruct*: a reward for a one-step generator, held by a divergence of scores.
 
-  python -m jaxalign.launch --config=configs/distill_emoji_onestep.py      # the generator, once
   python -m jaxalign.launch --config=configs/diff_instruct_star.py
 
 Arguments after a colon, joined by commas:
-  emoji    the generator that was distilled from the embedded model, reward emoji_clip (default);
-           not measured
+  emoji    the shipped generator, distilled from the embedded model by
+           configs/distill_emoji_onestep.py; reward emoji_clip (default); see docs/results.md
   smoke    random-weight fixture, three updates, for tests
   sdxl     a one-step SDXL generator (DMD2), told timestep 399, with SDXL as teacher; the published
            scale of guidance. Learning rates, batch and kappa were not published: those here are
@@ -26,10 +25,11 @@ def get_config(arg="emoji"):
   config.sample.kind, config.sample.steps, config.sample.guidance = "one_step", 1, 1.0
   config.eval.path_kl = False
   if size == "emoji":
-    config.model.path = "runs/distill_emoji_onestep-emoji/export"
+    config.model.path = "jaxalign:emoji_onestep"
     config.model.teacher, config.model.adapter = "jaxalign:emoji", "full"
     config.sample.batch = 32
-    config.method.warmup, config.method.assistant_lr = 10, 3e-4
+    config.method.warmup, config.method.assistant_steps = 10, 3
+    config.method.assistant_lr = 3e-4
     config.optim.lr, config.optim.warmup = 1e-4, 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 20, 20
   elif size == "sdxl":

@@ -36,8 +36,15 @@ SCORER_ROWS = ("retrieval_20_held_out", "retrieval_20_same_colour_held_out",
                "retrieval_20_held_out_soft", "name_top1_held_out", "colour_12_held_out")
 
 
-def measure(pipeline, drawings: emoji.Drawings) -> tuple[dict, dict]:
-  """Figures of model, autoencoder and scorers; pictures `{file: arguments of save_grid}`."""
+def save_samples(path: pathlib.Path, drawn, captions) -> None:
+  """The first 48 samples as a picture, four a row, with their captions."""
+  labels = [", ".join(c.removeprefix("a ").removesuffix(" background") for c in row)
+            for row in np.reshape(captions[:48], (12, 4))]
+  viz.save_grid(drawn[:48].reshape(12, 4, *drawn.shape[1:]), path, row_labels=labels, scale=3)
+
+
+def measure(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> dict:
+  """Figures of model, autoencoder and scorers; draws the card's two pictures into `folder`."""
   figures, drawn, captions = quality.measure(pipeline, drawings, IMAGES)
   by_category = {}
   judge = emoji_judge()
@@ -69,12 +76,10 @@ def measure(pipeline, drawings: emoji.Drawings) -> tuple[dict, dict]:
   result = {"images": IMAGES, "steps": quality.STEPS, "guidance": quality.GUIDANCE,
             "model": figures, "by_category": by_category, "autoencoder": reconstruction,
             "scorers": scorers.evaluate(modules, tables, 1024)}
-  shown = drawn[:48].reshape(12, 4, *drawn.shape[1:])
-  labels = [", ".join(c.removeprefix("a ").removesuffix(" background") for c in row)
-            for row in np.reshape(captions[:48], (12, 4))]
+  save_samples(folder / "samples.png", drawn, captions)
   pair = np.stack([real[:32], again[:32]], 1).reshape(8, 8, *real.shape[1:])
-  return result, {"samples.png": dict(images=shown, row_labels=labels, scale=3),
-                  "autoencoder.png": dict(images=pair, scale=3)}
+  viz.save_grid(pair, folder / "autoencoder.png", scale=3)
+  return result
 
 
 def training_of(runs: list[pathlib.Path]) -> dict:
@@ -153,9 +158,7 @@ def main(argv=None) -> None:
     raise UserError(f"{kept}: missing; name the two run folders by --runs")
   pipeline = load_pipeline(args.model)
   drawings = emoji.load(args.drawings).of(emoji.CORE_CATEGORIES)
-  result, pictures = measure(pipeline, drawings)
-  for name, content in pictures.items():
-    viz.save_grid(path=args.model / name, **content)
+  result = measure(pipeline, drawings, args.model)
   (args.model / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
   text = card(result, json.loads(kept.read_text()), pipeline)
   (args.model / "README.md").write_text(text)

@@ -22,10 +22,11 @@ _BATCH = 64
 def _program(unet, vae, scheduler: tuple, guidance: float):
   """Compiled sampling; networks and schedule are what a program depends on, not the weights."""
   schedule = Schedule.from_config(dict(scheduler))
-  sampler = make_sampler(schedule, STEPS, kind="ddim", eta=0.0, spacing="", final="",
-                         variance="small")
+  one = schedule.one_step is not None
+  sampler = make_sampler(schedule, 1 if one else STEPS, kind="one_step" if one else "ddim", eta=0.0,
+                         spacing="", final="", variance="small")
   denoise = lambda variables, x, t, cond: unet.apply(variables, x, t, cond["text"])
-  eps = guided_eps(denoise, schedule, guidance)
+  eps = guided_eps(denoise, schedule, 1.0 if one else guidance)
   size, channels = unet.config.sample_size, unet.config.in_channels
 
   @jax.jit
@@ -38,7 +39,8 @@ def _program(unet, vae, scheduler: tuple, guidance: float):
 
 def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "drawing",
          guidance: float = GUIDANCE):
-  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise."""
+  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise, or the one step of a
+  one-step generator, which has no guidance."""
   sample = _program(pipeline.unet, pipeline.vae, tuple(
       (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))),
       guidance)
