@@ -31,7 +31,7 @@ def get_config(arg="emoji"):
     config.method.warmup, config.method.assistant_steps = 10, 3
     config.method.assistant_lr = 3e-4
     config.optim.lr, config.optim.warmup = 1e-4, 5
-    config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 20, 20
+    config.train.steps, config.train.checkpoint_every, config.eval.every = 40, 10, 10
   elif size == "sdxl":
     config.model.path = config.model.teacher = ""        # both SDXL's DIR; model.unet=FILE
     config.model.dtype, config.model.remat, config.model.lora_rank = "bfloat16", "block", 64

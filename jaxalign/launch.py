@@ -18,10 +18,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = _FLAGS.define("string", "workdir", None, "Folder of the run; runs/RECIPE by default.")
 _DRY_RUN = _FLAGS.define("bool", "dry_run", False,
                          "Print config, parameters, sharding and cost; run nothing.")
-
-
 _PLAN = _FLAGS.define("string", "plan", None, "Compile for `v5e:4x4` or another TPU slice, or "
                       "estimate for a GPU of 80 GB, `gpu:80`; print what it needs, run nothing.")
+_THOROUGH = _FLAGS.define("bool", "plan_thorough", False, "Compile a --plan as a run does, ten times "
+                          "as long, in place of XLA's least effort.")
 
 
 def main(argv) -> None:
@@ -35,7 +35,7 @@ def main(argv) -> None:
     return
   if _PLAN.value:
     from jaxalign.train.plan import plan
-    print(plan(cfg, _PLAN.value))
+    print(plan(cfg, _PLAN.value, _THOROUGH.value))
     return
   train.run(cfg, _workdir(cfg))
 

@@ -85,6 +85,11 @@ def layer_norm(dtype, name: str) -> nn.Module:
   return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def rematted(module, remat: str):
+  """`module`, whose activations are computed again in the backward pass where `remat` is "block"."""
+  return nn.remat(module) if remat == "block" else module
+
+
 class ResnetBlock(nn.Module):
   """`[B, h, w, c] -> [B, h, w, features]`, with the time embedding `[B, D]` added if given."""
   features: int

@@ -84,7 +84,7 @@ class Pipeline:
     if "text_encoder_2" in configs:
       second = CLIPTextModelWithProjection.from_config(configs["text_encoder_2"], jnp.dtype(dtype))
     pipeline = cls(UNet2DConditionModel.from_config(configs["unet"], dtype=dtype, remat=remat),
-                   AutoencoderKL.from_config(configs["vae"], dtype=dtype),
+                   AutoencoderKL.from_config(configs["vae"], dtype=dtype, remat=remat),
                    CLIPTextModel.from_config(configs["text_encoder"], dtype=jnp.dtype(dtype)),
                    tokenizer, params, configs, second, tokenizer_2)
     pipeline._check_widths()

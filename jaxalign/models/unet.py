@@ -147,10 +147,6 @@ class TransformerBlock(nn.Module):
     return x + FeedForward(self.dtype, name="ff")(norm("norm3")(x))
 
 
-def _rematted(module, remat: str):
-  return nn.remat(module) if remat == "block" else module
-
-
 class SpatialTransformer(nn.Module):
   """Transformer over the pixels of `x [B, h, w, c]`, reading `text [B, L, D]`."""
   config: UNetConfig
@@ -169,7 +165,7 @@ class SpatialTransformer(nn.Module):
     norm = layers.group_norm(self.config.norm_num_groups, 1e-6, self.dtype, "norm")
     y = project("proj_in")(norm(x)).reshape(B, h * w, c)
     for i in range(self.depth):
-      block = _rematted(TransformerBlock, self.remat)
+      block = layers.rematted(TransformerBlock, self.remat)
       y = block(self.heads, self.dtype, name=f"transformer_blocks_{i}")(y, text)
     return x + project("proj_out")(y.reshape(B, h, w, c))
 
@@ -208,7 +204,7 @@ class Stage(nn.Module):
     return x, outputs
 
   def _resnet(self, i, x, time):
-    block = _rematted(layers.ResnetBlock, self.remat)
+    block = layers.rematted(layers.ResnetBlock, self.remat)
     return block(self.width, self.config.norm_num_groups, self.config.norm_eps, self.dtype,
                  name=f"resnets_{i}")(x, time)
 

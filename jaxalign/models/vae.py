@@ -70,11 +70,13 @@ class Stage(nn.Module):
   resample: str
   groups: int
   dtype: Any
+  remat: str
 
   @nn.compact
   def __call__(self, x):
+    block = layers.rematted(layers.ResnetBlock, self.remat)
     for i in range(self.num_layers):
-      x = layers.ResnetBlock(self.width, self.groups, 1e-6, self.dtype, name=f"resnets_{i}")(x)
+      x = block(self.width, self.groups, 1e-6, self.dtype, name=f"resnets_{i}")(x)
     if self.resample == "down":
       x = layers.Downsample((0, 1), self.dtype, name="downsamplers_0")(x)
     elif self.resample == "up":
@@ -85,17 +87,20 @@ class Stage(nn.Module):
 class MidStage(nn.Module):
   groups: int
   dtype: Any
+  remat: str
 
   @nn.compact
   def __call__(self, x):
-    resnet = lambda name: layers.ResnetBlock(x.shape[-1], self.groups, 1e-6, self.dtype, name=name)
-    x = Attention(self.groups, self.dtype, name="attentions_0")(resnet("resnets_0")(x))
-    return resnet("resnets_1")(x)
+    block = layers.rematted(layers.ResnetBlock, self.remat)
+    resnet = lambda name: block(x.shape[-1], self.groups, 1e-6, self.dtype, name=name)
+    attention = layers.rematted(Attention, self.remat)(self.groups, self.dtype, name="attentions_0")
+    return resnet("resnets_1")(attention(resnet("resnets_0")(x)))
 
 
 class Encoder(nn.Module):
   config: VAEConfig
   dtype: Any
+  remat: str
 
   @nn.compact
   def __call__(self, x):
@@ -103,8 +108,8 @@ class Encoder(nn.Module):
     x = Conv(widths[0], dtype=self.dtype, name="conv_in")(x)
     for i, width in enumerate(widths):
       x = Stage(width, c.layers_per_block, "down" if i < len(widths) - 1 else "none",
-                c.norm_num_groups, self.dtype, name=f"down_blocks_{i}")(x)
-    x = MidStage(c.norm_num_groups, self.dtype, name="mid_block")(x)
+                c.norm_num_groups, self.dtype, self.remat, name=f"down_blocks_{i}")(x)
+    x = MidStage(c.norm_num_groups, self.dtype, self.remat, name="mid_block")(x)
     norm = layers.group_norm(c.norm_num_groups, 1e-6, self.dtype, "conv_norm_out")
     return Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(nn.silu(norm(x)))
 
@@ -112,15 +117,16 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
   config: VAEConfig
   dtype: Any
+  remat: str
 
   @nn.compact
   def __call__(self, z):
     c, widths = self.config, self.config.block_out_channels[::-1]
     x = Conv(widths[0], dtype=self.dtype, name="conv_in")(z)
-    x = MidStage(c.norm_num_groups, self.dtype, name="mid_block")(x)
+    x = MidStage(c.norm_num_groups, self.dtype, self.remat, name="mid_block")(x)
     for i, width in enumerate(widths):
       x = Stage(width, c.layers_per_block + 1, "up" if i < len(widths) - 1 else "none",
-                c.norm_num_groups, self.dtype, name=f"up_blocks_{i}")(x)
+                c.norm_num_groups, self.dtype, self.remat, name=f"up_blocks_{i}")(x)
     norm = layers.group_norm(c.norm_num_groups, 1e-6, self.dtype, "conv_norm_out")
     return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(norm(x)))
 
@@ -129,10 +135,11 @@ class AutoencoderKL(nn.Module):
   """Images in [-1, 1] to unscaled latents and back; parameters f32, computation in `dtype`."""
   config: VAEConfig
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   @classmethod
-  def from_config(cls, json_dict: dict, *, dtype=jnp.float32):
-    """The model of a checkpoint's `vae/config.json`.
+  def from_config(cls, json_dict: dict, *, dtype=jnp.float32, remat: str = "none"):
+    """The model of a checkpoint's `vae/config.json`; `remat` as the UNet's.
 
     Raises:
       UserError: a key has a value that this implementation cannot represent exactly, or the
@@ -143,7 +150,7 @@ class AutoencoderKL(nn.Module):
                       "overflows in float16; choose dtype bfloat16 or float32")
     # FlaxAutoencoderKL and PyTorch agree on every default; a null scale means the default as well.
     json_dict = {k: v for k, v in json_dict.items() if k != "scaling_factor" or v is not None}
-    return cls(layers.read_config(VAEConfig, json_dict, _FIXED, WHERE), jnp.dtype(dtype))
+    return cls(layers.read_config(VAEConfig, json_dict, _FIXED, WHERE), jnp.dtype(dtype), remat)
 
   @property
   def factor(self) -> int:
@@ -152,8 +159,8 @@ class AutoencoderKL(nn.Module):
 
   def setup(self):
     latent = self.config.latent_channels
-    self.encoder = Encoder(self.config, self.dtype)
-    self.decoder = Decoder(self.config, self.dtype)
+    self.encoder = Encoder(self.config, self.dtype, self.remat)
+    self.decoder = Decoder(self.config, self.dtype, self.remat)
     self.quant_conv = Conv(2 * latent, 1, padding=(0, 0), dtype=self.dtype)
     self.post_quant_conv = Conv(latent, 1, padding=(0, 0), dtype=self.dtype)
 

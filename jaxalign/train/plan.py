@@ -47,6 +47,7 @@ class Need:
 
   Attributes:
     arguments, outputs, temporary, code: bytes; `outputs` without those that reuse an argument.
+      Where the compiler refused, it said how much temporary memory it wanted, and nothing else.
     flops, traffic, collective: operations of matrix products and convolutions, bytes to and from
       memory, bytes between chips.
     seconds: that compiling took.
@@ -66,15 +67,18 @@ class Need:
 
   def roofline(self, chip: Chip) -> float:
     """Seconds that the slowest of arithmetic, memory and links takes: no run is faster."""
-    return max(self.flops / chip.flops, self.traffic / chip.bandwidth,
-               self.collective / chip.links)
+    return float(np.max([self.flops / chip.flops, self.traffic / chip.bandwidth,
+                         self.collective / chip.links]))           # nan if one is unknown
 
 
-def plan(cfg: Config, target: str) -> str:
+def plan(cfg: Config, target: str, thorough: bool = False) -> str:
   """The plan as text.
 
   Args:
     target: `v4`, `v5e`, `v5p` or `v6e` with a topology, as `v5e:4x4`; or `gpu:80`, a GPU of 80 GB.
+    thorough: compile for a TPU as a run there does, minutes for each pass through a UNet of Stable
+      Diffusion. Else XLA tries a tenth as long for fast code: the programs are the same and what
+      they hold is what it then assigns, at worst about what they would need.
   Raises:
     UserError: the target is unknown or libtpu missing; or a key or file of the config is at fault.
   """
@@ -95,9 +99,9 @@ def plan(cfg: Config, target: str) -> str:
     for name in list(traced):
       bar.set_description(f"compiling {name} for {target}")
       bar.refresh()
-      needs[name] = measure(traced.pop(name), exp.mesh.size)
+      needs[name] = measure(traced.pop(name), exp.mesh.size, thorough, held((exp.frozen, state)))
       bar.update()
-  return describe(cfg, target, chip, exp, state, needs)
+  return describe(cfg, target, chip, exp, state, needs, thorough)
 
 
 def find_chips(target: str):
@@ -110,7 +114,9 @@ def find_chips(target: str):
   if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", size):
     raise UserError(f"--plan={target}: write {', '.join(f'{name}:4x4' for name in CHIPS)} "
                     "(v4 and v5p have three dimensions), or gpu:80")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")       # this machine is no TPU: do not look
+  # This machine is no TPU: do not look for one, and share the compiler with other processes.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
@@ -151,17 +157,23 @@ class PairShapes:
                       "origin": jax.ShapeDtypeStruct((len(ids), 2, 4), np.int32)}}
 
 
-def measure(traced, chips: int) -> Need:
-  """Compiles a program and asks XLA what it needs on each of so many chips.
+def measure(traced, chips: int, thorough: bool, resident: int) -> Need:
+  """Compiles a program and asks XLA what it needs on each of so many chips; see `plan`.
+
+  `resident`: bytes of its arguments that a chip holds anyway, for a program that is refused.
 
   XLA counts the body of a loop once. Operations are therefore counted here, and its figure for
   memory traffic is scaled as its figure for operations would have to be.
   """
   begun = time.monotonic()
-  compiled = traced.lower().compile()
+  flops = operations(traced.jaxpr.jaxpr) / chips
+  quick = {} if thorough else {"exec_time_optimization_effort": -1.0}
+  try:
+    compiled = traced.lower().compile(compiler_options=quick)
+  except jax.errors.JaxRuntimeError as error:
+    return refused(str(error), resident, flops, time.monotonic() - begun)
   seconds = time.monotonic() - begun
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  flops = operations(traced.jaxpr.jaxpr) / chips
   seen = max(cost.get("flops", 0.0), 0.0)
   traffic = max(cost.get("bytes accessed", 0.0), 0.0) * max(flops / seen if seen else 1.0, 1.0)
   return Need(
@@ -170,6 +182,20 @@ def measure(traced, chips: int) -> Need:
       temporary=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes,
       flops=flops, traffic=traffic,
       collective=collective_bytes(compiled.as_text()), seconds=seconds)
+
+
+def refused(message: str, resident: int, flops: float, seconds: float) -> Need:
+  """The need of a program that the compiler would not finish, since no chip's memory holds it.
+
+  Raises:
+    UserError: that was for another reason.
+  """
+  found = re.search(r"HLO temporaries \((\d+(?:\.\d+)?)([KMG])\)", message)
+  if not found:
+    raise UserError(f"--plan: the compiler refused the program: {message}")
+  temporary = int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
+  return Need(arguments=resident, outputs=0, temporary=temporary, code=0, flops=flops,
+              traffic=math.nan, collective=math.nan, seconds=seconds)
 
 
 def operations(jaxpr) -> float:
@@ -256,7 +282,8 @@ def _itemsize(leaf) -> int:
   return 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
-def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs) -> str:
+def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs,
+             thorough: bool) -> str:
   """The plan of measured `needs`, with what would make it fit."""
   gib = lambda n: f"{n / GIB:.2f}"
   optimizer = {k: v for k, v in state.items() if "optimizer" in k}
@@ -272,14 +299,17 @@ def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs
   for name, need in needs.items():
     bound = need.roofline(chip)
     mfu = need.flops / chip.flops / bound if bound > 0 else math.nan
-    shown = (f"{1e3 * bound:>14.3f}{100 * mfu:>12.1f} %" if not math.isnan(mfu)
-             else f"{'':>14s}{'':>14s}")
+    number = lambda value, form: "" if math.isnan(value) else format(value, form)
     lines.append(f"{name:9s}{gib(need.arguments):>11s}{gib(need.outputs):>10s}"
                  f"{gib(need.temporary):>12s}{gib(need.bytes):>9s}"
                  f"{'yes' if need.bytes <= chip.memory else 'NO':>7s}{need.flops / 1e9:>8.1f}"
-                 f"{need.collective / 2**20:>17.2f}{shown}{need.seconds:>11.0f} s")
+                 f"{number(need.collective / 2**20, '.2f'):>17s}{number(1e3 * bound, '.3f'):>14s}"
+                 f"{number(100 * mfu, '.1f') or '-':>12s} %{need.seconds:>11.0f} s")
   if target.startswith("gpu"):
     lines += ["", "Estimated from XLA's buffers for one CPU device."]
+  elif not thorough:
+    lines += ["", "Compiled with XLA's least effort; --plan_thorough compiles as a run does, which "
+              "takes ten times as long and may find room for less temporary memory."]
   return "\n".join([*lines, "", *advice(cfg, chip, exp, needs)])
 
 

@@ -100,3 +100,17 @@ def test_bf16_decodes_to_clamped_f32(small):
 def test_unsupported_config_names_key(key, value):
   with pytest.raises(UserError, match=key):
     AutoencoderKL.from_config({**SMALL, key: value})
+
+
+def test_remat_changes_neither_output_nor_tree_nor_gradient(small):
+  vae, params, images = small
+  rematted = AutoencoderKL.from_config(SMALL, remat="block")
+  assert jax.tree.structure(shapes_of(rematted)) == jax.tree.structure(params)
+  latents = encode_images(vae, params, images)
+  loss = lambda model: jax.jit(jax.value_and_grad(
+      lambda z: jnp.square(decode_images(model, params, z, clamp=False)).sum()))
+  value, gradient = loss(vae)(latents)
+  again, gradient_again = loss(rematted)(latents)
+  np.testing.assert_allclose(again, value, rtol=1e-6)
+  np.testing.assert_allclose(gradient_again, gradient, atol=1e-5 * np.abs(gradient).max())
+  assert "remat" in str(jax.make_jaxpr(loss(rematted))(latents))
