@@ -53,14 +53,15 @@ def features(params, files: list[pathlib.Path], batch: int, label: str = "images
   with processes.progress(total=len(files), desc=label, unit="img", leave=False) as bar:
     for start in range(0, len(files), batch):
       part = files[start:start + batch]
-      x = jnp.concatenate([scale(_read(file)[None]) for file in part])
+      x = jnp.concatenate([scale(read_image(file)[None]) for file in part])
       x = jnp.pad(x, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
       out.append(np.asarray(network(x))[:len(part)])
       bar.update(len(part))
   return np.concatenate(out)
 
 
-def _read(file: pathlib.Path) -> np.ndarray:
+def read_image(file: pathlib.Path) -> np.ndarray:
+  """`[H, W, 3]` f32 in [0, 1]; UserError, naming the file, where it cannot be read."""
   try:
     with Image.open(file) as image:
       return np.asarray(image.convert("RGB"), np.float32) / 255

@@ -20,8 +20,8 @@ _DRY_RUN = _FLAGS.define("bool", "dry_run", False,
                          "Print config, parameters, sharding and cost; run nothing.")
 _PLAN = _FLAGS.define("string", "plan", None, "Compile for `v5e:4x4` or another TPU slice, or "
                       "estimate for a GPU of 80 GB, `gpu:80`; print what it needs, run nothing.")
-_THOROUGH = _FLAGS.define("bool", "plan_thorough", False, "Compile a --plan as a run does, ten times "
-                          "as long, in place of XLA's least effort.")
+_THOROUGH = _FLAGS.define("bool", "plan_thorough", False, "Compile a --plan as a run does, ten "
+                          "times as long, in place of XLA's least effort.")
 
 
 def main(argv) -> None:

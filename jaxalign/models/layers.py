@@ -86,7 +86,7 @@ def layer_norm(dtype, name: str) -> nn.Module:
 
 
 def rematted(module, remat: str):
-  """`module`, whose activations are computed again in the backward pass where `remat` is "block"."""
+  """`module`, its activations computed again in the backward pass where `remat` is "block"."""
   return nn.remat(module) if remat == "block" else module
 
 

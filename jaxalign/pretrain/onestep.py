@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from jaxalign import metrics, sharding, viz
+from jaxalign import metrics, sharding
 from jaxalign.command import exit_status
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.data import emoji

@@ -37,8 +37,8 @@ def test_shipped_one_step_card_is_made_from_its_files():
 def test_shipped_one_step_generator_draws_what_captions_say():
   """Its card says 95 % of 512; of 64 easy captions 80 % lie more than five errors below that."""
   pipeline, judge = load_pipeline(ASSETS / "emoji_onestep"), emoji_judge()
-  names = ("cat face", "monkey face", "panda face", "zipper mouth face", "sparkling heart", "garlic",
-           "tomato", "lemon")
+  names = ("cat face", "monkey face", "panda face", "zipper mouth face", "sparkling heart",
+           "garlic", "tomato", "lemon")
   captions = [f"a {name} on a {colour} background" for name in names
               for colour in ("red", "green", "blue", "pink", "black", "gray", "orange", "white")]
   images = quality.draw(pipeline, captions)

@@ -123,7 +123,8 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
   message = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
              "temporaries (17.77G) exceeds available HBM (15.75G).")
   found = plan.refused(message, plan.GIB, 1e12, 3.0)
-  assert found.bytes == pytest.approx(18.77 * plan.GIB) and np.isnan(found.roofline(plan.CHIPS["v5e"]))
+  assert found.bytes == pytest.approx(18.77 * plan.GIB)
+  assert np.isnan(found.roofline(plan.CHIPS["v5e"]))
   with pytest.raises(UserError, match="--plan: the compiler refused"):
     plan.refused("INTERNAL: something else", 0, 0.0, 0.0)
 
