@@ -114,9 +114,12 @@ def find_chips(target: str):
   if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", size):
     raise UserError(f"--plan={target}: write {', '.join(f'{name}:4x4' for name in CHIPS)} "
                     "(v4 and v5p have three dimensions), or gpu:80")
-  # This machine is no TPU: do not look for one, and share the compiler with other processes.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  # This machine is no TPU: do not look for one, do not say that none was found, and share the
+  # compiler with other processes.
+  for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+                      ("TPU_ACCELERATOR_TYPE", "v5litepod-4"), ("TPU_MIN_LOG_LEVEL", "3"),
+                      ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_STDERR_LOG_LEVEL", "3")):
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
@@ -294,7 +297,7 @@ def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs
            f"  frozen networks   {gib(held(exp.frozen)):>8s}",
            f"  trained weights   {gib(held(rest)):>8s}",
            f"  optimiser         {gib(held(optimizer)):>8s}", "",
-           "program    arguments   outputs   temporary      all   fits   GFLOP   collective MiB"
+           "program    arguments   outputs   temporary      all   fits      GFLOP   collective MiB"
            "   roofline ms   MFU at most   compiled in"]
   for name, need in needs.items():
     bound = need.roofline(chip)
@@ -302,7 +305,7 @@ def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs
     number = lambda value, form: "" if math.isnan(value) else format(value, form)
     lines.append(f"{name:9s}{gib(need.arguments):>11s}{gib(need.outputs):>10s}"
                  f"{gib(need.temporary):>12s}{gib(need.bytes):>9s}"
-                 f"{'yes' if need.bytes <= chip.memory else 'NO':>7s}{need.flops / 1e9:>8.1f}"
+                 f"{'yes' if need.bytes <= chip.memory else 'NO':>7s}{need.flops / 1e9:>11.1f}"
                  f"{number(need.collective / 2**20, '.2f'):>17s}{number(1e3 * bound, '.3f'):>14s}"
                  f"{number(100 * mfu, '.1f') or '-':>12s} %{need.seconds:>11.0f} s")
   if target.startswith("gpu"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import runs
 
+from jaxalign.configs_lib import load_recipe, parse
 from jaxalign.errors import UserError
 from jaxalign.train import plan
 from jaxalign.train.experiment import open_pipeline
@@ -136,7 +137,11 @@ def test_targets_that_do_not_exist(target):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_tpu_slice():
-  text = plan.plan(runs.smoke(mesh__data=-1), "v5e:2x2")
-  assert "mesh {'data': 4, 'fsdp': 1, 'tensor': 1}" in text
-  assert "Fits" in text and "roofline" in text
+def test_the_main_job_on_a_tpu_slice():
+  text = plan.plan(parse(load_recipe("jaxalign:nabla_gfn:emoji")), "v5e:2x2")
+  assert "nabla_gfn:emoji on v5e:2x2: mesh {'data': 4, 'fsdp': 1, 'tensor': 1}" in text
+  assert "Fits" in text and "least effort" in text
+  rows = {line.split()[0]: line.split() for line in text.splitlines()
+          if line.startswith(("collect", "update"))}
+  assert rows.keys() == {"collect", "update"}
+  assert all(float(row[6]) > 0 and float(row[8]) > 0 for row in rows.values())  # GFLOP, roofline
