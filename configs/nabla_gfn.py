@@ -33,7 +33,7 @@ def get_config(arg="emoji"):
     config.model.dtype, config.model.remat = "bfloat16", "block"
     config.data.prompts, config.data.eval_prompts = (
         "jaxalign:animals_train", "jaxalign:animals_heldout")
-    config.method.strata = 5
+    config.method.strata, config.method.serial = 5, True
     config.sample.batch, config.sample.steps, config.sample.guidance = 32, 50, 5.0
     config.optim.lr, config.optim.weight_decay, config.optim.accumulate = 1e-3, 1e-4, 4
     config.train.steps, config.train.checkpoint_every, config.eval.every = 400, 50, 50

@@ -71,6 +71,8 @@ class Config:
     replay_lag: 0 trains on the fresh trajectories, 1 on those of the update before.
     strata: transitions drawn per trajectory, one from each of this many equal ranges of steps.
     always_final: whether the last transition is trained on besides.
+    serial: whether the reward gradients of a trajectory's transitions are taken one after the other,
+      in the memory of one of them.
     pretrained_strength: rho, factor of the reference score in the residuals.
     minibatches: optimiser steps per batch of trajectories.
     optimizer_repeats: apply each gradient this many times.
@@ -95,6 +97,7 @@ class Config:
   replay_lag: Literal[0, 1] = 0
   strata: Count = 4
   always_final: bool = True
+  serial: bool = False
   pretrained_strength: float = 1.0
   minibatches: Count = 1
   optimizer_repeats: Count = 1
@@ -368,18 +371,26 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     def grads_of(trainable, rows, key):
       """Gradient and metrics of a micro-batch; the last transitions of all rows apart."""
       flat = lambda tree: jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), tree)
-      groups = [(flat(jax.tree.map(lambda a: a[:, :cfg.strata], rows)), False)]
+      prepare = lambda group, key, terminal=False: targets(
+          models, cfg, trainable, frozen, state["beta"], state["grad_cap"], group, key, terminal)
+
+      def one_by_one(group, key):
+        """`prepare` of `[b, S, ...]`, for each of the S in turn."""
+        turns = jax.tree.map(lambda a: a.swapaxes(0, 1), group)
+        out = jax.lax.map(lambda args: prepare(*args), (turns, jax.random.split(key, cfg.strata)))
+        return flat(jax.tree.map(lambda a: a.swapaxes(0, 1), out))
+      drawn = jax.tree.map(lambda a: a[:, :cfg.strata], rows)
+      key_drawn, key_final = (jax.random.fold_in(key, i) for i in (0, 1))
+      prepared = [one_by_one(drawn, key_drawn) if cfg.serial else prepare(flat(drawn), key_drawn)]
       if cfg.always_final:
-        groups.append((flat(jax.tree.map(lambda a: a[:, cfg.strata:], rows)), True))
-      prepared = [targets(models, cfg, trainable, frozen, state["beta"], state["grad_cap"], group,
-                          jax.random.fold_in(key, i), terminal)
-                  for i, (group, terminal) in enumerate(groups)]
+        final = flat(jax.tree.map(lambda a: a[:, cfg.strata:], rows))
+        prepared.append(prepare(final, key_final, terminal=True))
       ready = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[p[0] for p in prepared])
       norms = jnp.concatenate([p[1] for p in prepared])
       (total, metrics), gradient = jax.value_and_grad(
           lambda tr: loss(models, cfg, tr, frozen, ready), has_aux=True)(trainable)
       # One row per stratum stands for all steps of its range.
-      kl = metrics.pop("path_kl")[:groups[0][0]["k"].shape[0]]
+      kl = metrics.pop("path_kl")[:drawn["k"].size]
       metrics["train/path_kl"] = kl.mean() * sampler.steps
       metrics["train/reward_grad_norm"] = norms.mean()
       metrics["loss/total"] = total

@@ -766,6 +766,20 @@ def test_jit_equals_eager():
   chex.assert_trees_all_close(eager[1], jitted[1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(flow=True, reverse="lean", always_final=False)])
+def test_one_transition_after_the_other_gives_the_same_update(options):
+  models, batch = world(MIXTURE), analytic.make_batch(ROWS)
+
+  def updated(serial):
+    method = nabla_gfn.make(models, config(strata=3, serial=serial, **options), DESCENT)
+    state = method.init(KEY, models.frozen, batch)
+    experience = jax.jit(method.collect)(state, models.frozen, batch, KEY)
+    return jax.jit(method.update)(state, models.frozen, experience, jnp.zeros(ROWS), KEY)
+  (together, metrics), (apart, metrics_apart) = updated(False), updated(True)
+  chex.assert_trees_all_close(together["trainable"], apart["trainable"], rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(metrics, metrics_apart, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   "options",
   [dict(), dict(flow=True, reverse="lean", replay_lag=1, minibatches=2, grad_cap_quantile=0.8)],
