@@ -51,12 +51,15 @@ class RandomPairs:
     shape = (count, 2, *exp.models.latent_shape)
     self.prompts = ["a cat"] * count
     self._latents = generator.standard_normal(shape).astype(np.float32)
+    height, width = exp.pipeline.image_size
+    self._origin = np.array([[[height, width, 0, 0]] * 2], np.int32)       # not cropped
     self._cond, self.shared = exp.embed(["a cat"]), {"uncond": exp.embed([""])}
 
   def rows(self, ids):
     return {"cond": jax.tree.map(lambda a: np.repeat(a, len(ids), 0), self._cond),
             "pairs": {"latents": self._latents[ids % len(self._latents)],
-                      "label": np.ones(len(ids), np.float32)}}
+                      "label": np.ones(len(ids), np.float32),
+                      "origin": np.repeat(self._origin, len(ids), 0)}}
 
 
 def config(method: str, args) -> configs_lib.Config:
