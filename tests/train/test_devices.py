@@ -113,8 +113,15 @@ def test_parameters_lie_where_the_table_says(adapter):
 
 @pytest.mark.slow
 def test_whole_run_on_eight_devices():
-  """The loop with `mesh.data=-1`, as the recipe has it."""
+  """The loop with `mesh.data=-1`, as the recipe has it.
+
+  The first loss is a mean square r^2 of two noise estimates' difference plus a value gradient. The
+  estimates, of size 1, are equal in exact numbers, but one row a device is summed in another order:
+  f32 rounding in r is worth 2 eps / r of the loss.
+  """
   path = runs.run("eight", jax.devices(), mesh__data=-1)
   lines, plain = runs.metrics(path), runs.metrics(runs.finished())
-  assert lines[0]["loss/total"] == pytest.approx(plain[0]["loss/total"], rel=1e-5)
+  expected = plain[0]["loss/total"]
+  rounding = 2 * np.finfo(np.float32).eps / np.sqrt(expected)
+  assert lines[0]["loss/total"] == pytest.approx(expected, rel=1e-5 + rounding)
   assert lines[-1]["train/reward"] == pytest.approx(plain[-1]["train/reward"], rel=1e-5)
