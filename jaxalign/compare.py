@@ -1,9 +1,10 @@
 """Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=docs/results.md`.
 
-Puts finished runs side by side: one table for each task (a reward on held-out prompts), one row for
-each recipe, means over seeds. A run is read at its end, at equal reward queries and at equal time,
-the latter two from its logged curve. Pictures lie beside the page, and so does `results.json`, what
-was read of every run so far: runs that are named again replace their record, others stay.
+Puts finished runs side by side: one table for each task (a reward on held-out prompts, and the base
+model), one row for each recipe, means over seeds. A run is read at its end, at equal reward queries
+and at equal time, the latter two from its logged curve. Pictures lie beside the page, and so does
+`results.json`, what was read of every run so far: runs that are named again replace their record,
+others stay.
 """
 import json
 import math
@@ -51,7 +52,8 @@ def read_run(folder: pathlib.Path) -> dict:
   std = base["reward"].get("within_prompt_std")
   return {
       "recipe": label(summary["recipe"], config), "seed": config["seed"],
-      "task": f"{' + '.join(config['reward']['names'])} on {config['data']['eval_prompts']}",
+      "task": f"{' + '.join(config['reward']['names'])} on {config['data']['eval_prompts']}, from "
+              f"{config['model']['path']}",
       "steps": summary["steps"], "seconds": summary["seconds"], "device": summary["device"],
       "reward_std": std, "change": change, "diversity": tuned["diversity"]["ratio_to_base"],
       "fd": tuned.get("fd_to_base"), "kl": tuned.get("kl_to_base", {}).get("mean"),
