@@ -8,11 +8,13 @@ from jaxalign import compare, configs_lib
 from jaxalign.errors import UserError
 
 
-def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward="emoji_clip"):
+def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward="emoji_clip",
+              model="jaxalign:emoji"):
   """A finished run of 10 steps, evaluated every 5, whose reward rises linearly to `gain`."""
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps({"config": {
-      "seed": seed, "reward": {"names": [reward]}, "data": {"eval_prompts": "jaxalign:held"}}}))
+      "seed": seed, "reward": {"names": [reward]}, "data": {"eval_prompts": "jaxalign:held"},
+      "model": {"path": model}}}))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(
       {"step": step, "seconds": 2.0 * step, "train/loss": 0.0, **(
           {"eval/reward_change": gain * step / 10, "eval/diversity": 1.0} if step % 5 == 0 else {})}
@@ -58,6 +60,12 @@ def test_page_holds_what_the_runs_measured(tmp_path):
   compare._FLAGS(["compare", f"--runs={again}", f"--output={output}"])
   compare.main([])
   assert len(json.loads((tmp_path / "docs" / "results" / "results.json").read_text())) == 5
+
+
+def test_tasks_are_apart_by_their_base_model(tmp_path):
+  task = lambda **options: compare.read_run(write_run(tmp_path / str(options), **options))["task"]
+  assert task() == "emoji_clip on jaxalign:held, from jaxalign:emoji"
+  assert task(model="elsewhere") == "emoji_clip on jaxalign:held, from elsewhere"
 
 
 def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):

@@ -71,8 +71,8 @@ class Config:
     replay_lag: 0 trains on the fresh trajectories, 1 on those of the update before.
     strata: transitions drawn per trajectory, one from each of this many equal ranges of steps.
     always_final: whether the last transition is trained on besides.
-    serial: whether the reward gradients of a trajectory's transitions are taken one after the other,
-      in the memory of one of them.
+    serial: whether the reward gradients of a trajectory's transitions are taken one after the
+      other, in the memory of one of them.
     pretrained_strength: rho, factor of the reference score in the residuals.
     minibatches: optimiser steps per batch of trajectories.
     optimizer_repeats: apply each gradient this many times.
