@@ -77,8 +77,8 @@ def plan(cfg: Config, target: str, thorough: bool = False) -> str:
   Args:
     target: `v4`, `v5e`, `v5p` or `v6e` with a topology, as `v5e:4x4`; or `gpu:80`, a GPU of 80 GB.
     thorough: compile for a TPU as a run there does, minutes for each pass through a UNet of Stable
-      Diffusion. Else XLA tries a tenth as long for fast code: the programs are the same and what
-      they hold is what it then assigns, at worst about what they would need.
+      Diffusion. Else XLA is asked for its least effort, which takes a tenth of that and tends to
+      assign more temporary memory (docs/scale.md).
   Raises:
     UserError: the target is unknown or libtpu missing; or a key or file of the config is at fault.
   """
