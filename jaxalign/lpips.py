@@ -36,8 +36,9 @@ def by_prompt(files: list[pathlib.Path]) -> list[list[pathlib.Path]]:
   Raises:
     UserError: no prompt has two images.
   """
+  named = [file for file in files if "_" in file.stem]
   groups = [list(group) for _, group in itertools.groupby(
-      files, lambda file: file.stem.rpartition("_")[0])]
+      named, lambda file: file.stem.rpartition("_")[0])]
   groups = [group for group in groups if len(group) > 1]
   if not groups:
     raise UserError(f"{files[0].parent}: no two images of one prompt (PROMPT_SAMPLE.png)")
@@ -51,7 +52,7 @@ def distances(params, network: str, pairs, batch: int, label: str) -> np.ndarray
     UserError: a file cannot be read, or the images of a pair differ in size; names it.
   """
   measure = jax.jit(functools.partial(lpips, network))
-  images = functools.lru_cache(maxsize=256)(read_image)
+  images = functools.lru_cache(maxsize=2 * batch)(read_image)
   out = []
   with processes.progress(total=len(pairs), desc=label, unit="pair", leave=False) as bar:
     for start in range(0, len(pairs), batch):
@@ -60,6 +61,8 @@ def distances(params, network: str, pairs, batch: int, label: str) -> np.ndarray
       for pair, a, b in zip(part, *sides):
         if a.shape != b.shape or a.shape != sides[0][0].shape:
           raise UserError(f"{pair[1]}: is of another size than {pair[0]}, or than {part[0][0]}")
+        if min(a.shape[:2]) < 32:
+          raise UserError(f"{pair[0]}: is {a.shape[1]} x {a.shape[0]} pixels; LPIPS needs 32")
       fill = lambda x: np.concatenate([np.stack(x), np.repeat(x[:1], batch - len(x), 0)])
       out.append(np.asarray(measure(params, *map(fill, sides)))[:len(part)])
       bar.update(len(part))

@@ -14,10 +14,12 @@ def attend(q, k, v, heads: int):
 
   On GPUs cuDNN's kernel where it can run, on TPUs the Pallas one of JAX for long sequences. The
   platform is that of the mesh that `sharding.on_mesh` set, which may be one to compile for only.
+  Several TPUs without such a mesh take the plain form: nothing says how to split the kernel.
   """
   q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
   target, head_size = platform(), q.shape[-1]
-  if target == "tpu" and flash_block(q.shape[1], k.shape[1]):
+  splits = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+  if target == "tpu" and splits and flash_block(q.shape[1], k.shape[1]):
     out = tpu_flash(q, k, v)
   else:
     # cuDNN's fused kernel has these limits on every supported GPU.
@@ -31,9 +33,10 @@ def platform() -> str:
   """"cpu", "gpu" or "tpu": of the mesh in force, else JAX's default."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
-  if device is not None and device.device_kind.startswith("TPU"):
-    return "tpu"
-  return jax.default_backend()
+  if device is None:
+    return jax.default_backend()
+  kind = device.device_kind
+  return "tpu" if kind.startswith("TPU") else "cpu" if kind.lower() == "cpu" else "gpu"
 
 
 def flash_block(queries: int, keys: int) -> int | None:

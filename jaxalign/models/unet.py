@@ -112,7 +112,7 @@ class Attention(nn.Module):
   def __call__(self, x, context):
     dense = lambda name: Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)
     out = attend(dense("to_q")(x), dense("to_k")(context), dense("to_v")(context),
-                        self.heads)
+                 self.heads)
     return Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(out)
 
 

@@ -43,10 +43,10 @@ def training_of(run: pathlib.Path) -> dict:
   try:
     summary = json.loads((run / "summary.json").read_text())
     config = json.loads((run / "config.json").read_text())["config"]
+    return {**{key: summary[key] for key in ("recipe", "steps", "seconds", "device")},
+            "seed": config["seed"], "batch": config["sample"]["batch"]}
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"--run={run}: not a finished run: {error}") from error
-  return {**{key: summary[key] for key in ("recipe", "steps", "seconds", "device")},
-          "seed": config["seed"], "batch": config["sample"]["batch"]}
 
 
 def text(result: dict, teacher: dict) -> str:

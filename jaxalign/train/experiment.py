@@ -215,7 +215,7 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward,
       guidance=cfg.sample.guidance, latent_shape=pipeline.latent_shape, combine=combine,
       init_policy=init_policy,
       decode=decode, decode_unclamped=functools.partial(decode, clamp=False),
-      score=reward.score if differentiable else None, flow=make_flow_net(pipeline),
+      score=reward.score if differentiable else None, flow=make_flow_net(pipeline, mesh),
       frozen=frozen)
 
 
@@ -257,7 +257,7 @@ def _starting_adapter(cfg: Config, pipeline: Pipeline):
   return pipeline, adapter
 
 
-def make_flow_net(pipeline: Pipeline) -> FlowNet:
+def make_flow_net(pipeline: Pipeline, mesh: Mesh) -> FlowNet:
   """A small UNet on the same inputs, with zero-initialised output."""
   size = min(pipeline.latent_shape[:2])
   config = dict(pipeline.configs["unet"])
@@ -277,7 +277,7 @@ def make_flow_net(pipeline: Pipeline) -> FlowNet:
 
   def apply(params, x, t, cond):
     return unet.apply({"params": params}, x, t, cond["text"], cond.get("added"))
-  return FlowNet(init, apply)
+  return FlowNet(sharding.on_mesh(init, mesh), sharding.on_mesh(apply, mesh))
 
 
 def policy_weights(cfg: Config, policy, base):

@@ -122,16 +122,22 @@ def _embedded(exp: Experiment, captions: list[str], file: pathlib.Path):
   return cond
 
 
+def image_encoder(exp: Experiment):
+  """`(parameters, images [B, H, W, 3] in [0, 1]) -> latents [B, h, w, c]`, jitted for the mesh."""
+  encode = functools.partial(encode_images, exp.pipeline.vae)
+  return jax.jit(sharding.on_mesh(encode, exp.mesh))
+
+
 def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path):
   """Scaled latents `[N, 2, h, w, c]`, means of the posterior, preferred image first; origins."""
   import grain
   origin_file = file.with_name(f"{file.stem}_origin.npy")
-  vae, shape = exp.pipeline.vae, (len(pairs), 2, *exp.models.latent_shape)
+  shape = (len(pairs), 2, *exp.models.latent_shape)
   kept = file.exists() and not (exp.config.data.cache and _damaged(file, origin_file))
   if not processes.agreed(kept):
     size = exp.config.eval.batch
     params = processes.put(exp.pipeline.params["vae"], sharding.replicated(exp.mesh))
-    encode = jax.jit(functools.partial(encode_images, vae))
+    encode = image_encoder(exp)
     pixels = exp.pipeline.image_size
     batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, *pixels))
                .batch(size).to_iter_dataset(grain.ReadOptions(num_threads=8,

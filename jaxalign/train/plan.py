@@ -66,7 +66,11 @@ class Need:
     return self.arguments + self.outputs + self.temporary + self.code
 
   def roofline(self, chip: Chip) -> float:
-    """Seconds that the slowest of arithmetic, memory and links takes: no run is faster."""
+    """Seconds that the slowest of arithmetic, memory and links takes.
+
+    Arithmetic is exact; memory traffic is scaled from XLA's figure, and that of another compile of
+    the same program may be smaller.
+    """
     return float(np.max([self.flops / chip.flops, self.traffic / chip.bandwidth,
                          self.collective / chip.links]))           # nan if one is unknown
 
@@ -330,6 +334,9 @@ def advice(cfg: Config, chip: Chip, exp: Experiment, needs) -> list[str]:
             "--config.model.adapter=lora."]
   if cfg.model.remat == "none":
     return ["Activations do not fit: --config.model.remat=block keeps fewer of them."]
+  if getattr(cfg.method, "serial", True) is False:
+    return ["Activations do not fit: --config.method.serial=True takes reward gradients one after "
+            "the other."]
   # Temporary memory is taken as proportional to the batch.
   part = cfg.sample.batch // cfg.parts
   shards = sharding.batch_shards(exp.mesh) * cfg.group

@@ -135,6 +135,11 @@ def test_what_is_wrong_is_named(files, tmp_path, capsys):
   assert "net.safetensors" in message(f"--images={a}", "--reference=", heads=weights)
   Image.new("RGB", (32, 64)).save(a / "0001_01.png")
   assert "0001_01.png: is of another size" in message(f"--images={a}", "--reference=")
+  Image.new("RGB", (28, 28)).save(a / "0000_00.png")
+  Image.new("RGB", (28, 28)).save(a / "0000_01.png")
+  assert "0000_00.png: is 28 x 28 pixels" in message(f"--images={a}", "--reference=", "--batch=1")
+  plain = images(tmp_path / "plain", 0, ("1", "2"))
+  assert "plain: no two images of one prompt" in message(f"--images={plain}", "--reference=")
   bad = {k: -v for k, v in tensors("alex")[1].items()}
   save_file(bad, tmp_path / "bad.safetensors")
   assert "bad.safetensors: has negative weights" in message(

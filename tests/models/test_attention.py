@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxalign import sharding
+from jaxalign import configs_lib, sharding
 from jaxalign.models import attention
 from jaxalign.train import plan
+from jaxalign.train.experiment import build, open_pipeline
+from jaxalign.train.pairs import image_encoder
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                   reason="compiling for TPUs needs libtpu")
@@ -45,10 +47,41 @@ def test_operations_of_the_kernel_are_those_of_attention():
   assert plan.operations(jaxpr) == 4 * 2 * 4 * 1024 ** 2 * 64
 
 
-def test_the_platform_is_that_of_the_mesh():
-  cpu = sharding.make_mesh(1, 1, 1)
-  assert attention.platform() == jax.default_backend()
+def test_the_platform_is_that_of_the_mesh(monkeypatch):
+  cpu = sharding.make_mesh(1, 1, 1, jax.devices("cpu"))
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert attention.platform() == "tpu"
   assert sharding.on_mesh(attention.platform, cpu)() == "cpu"
+
+
+def test_several_tpus_without_a_mesh_take_the_plain_form(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  x = jax.ShapeDtypeStruct((2, 1024, 64), jnp.float32)
+  kernel = lambda: "pallas_call" in str(jax.make_jaxpr(
+      lambda q: attention.attend(q, q, q, 1))(x))
+  assert jax.device_count() > 1 and not kernel()
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert kernel()
+
+
+@needs_libtpu
+def test_pairs_are_encoded_and_flow_nets_run_on_a_slice():
+  """Every network of a run that has long attention lowers for several chips."""
+  _, devices = plan.find_chips("v5e:2x2")
+  pipeline = open_pipeline("jaxalign:sd15", "bfloat16", "block", shapes_only=True)
+  cfg = configs_lib.default("mapo")
+  cfg.model.path, cfg.data.pairs, cfg.eval.batch = "jaxalign:sd15", "jaxalign:emoji", 4
+  exp = build(configs_lib.parse(cfg), devices, pipeline)
+  images = exp.put_batch(np.zeros((4, 512, 512, 3), np.float32))
+  vae = exp.put(pipeline.params["vae"], sharding.replicated(exp.mesh))
+  assert "tpu_custom_call" in image_encoder(exp).trace(vae, images).lower().as_text()
+
+  flow, (x, t, text) = exp.models.flow, jax.eval_shape(
+      lambda: (jnp.zeros((4, 64, 64, 4)), jnp.zeros(4, jnp.int32), jnp.zeros((4, 77, 768))))
+  params = exp.put(jax.eval_shape(flow.init, jax.random.key(0)), sharding.replicated(exp.mesh))
+  x, t, text = (exp.put_batch(a) for a in (x, t, text))
+  lowered = jax.jit(flow.apply).trace(params, x, t, {"text": text}).lower()
+  assert "tpu_custom_call" in lowered.as_text()
 
 
 @needs_libtpu
