@@ -49,7 +49,7 @@ def distances(params, network: str, pairs, batch: int, label: str) -> np.ndarray
   """`[N]` distances of pairs of image files.
 
   Raises:
-    UserError: a file cannot be read, or the images of a pair differ in size; names it.
+    UserError: a file cannot be read, is too small, or differs in size from its batch; names it.
   """
   measure = jax.jit(functools.partial(lpips, network))
   images = functools.lru_cache(maxsize=2 * batch)(read_image)

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.sharding import BATCH
+from jaxalign.sharding import BATCH, batch_shards
 
 # Below so many tokens the matrix is small, and XLA's own attention as fast.
 LONG = 1024
@@ -64,7 +64,6 @@ def tpu_flash(q, k, v):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return local(q, k, v)
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  spec = P(BATCH[0] if q.shape[0] % shards == 0 else None, None,
+  spec = P(BATCH[0] if q.shape[0] % batch_shards(mesh) == 0 else None, None,
            "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None, None)
   return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
