@@ -1,10 +1,10 @@
 """Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=docs/results.md`.
 
-Puts finished runs side by side: one table for each task (a reward on held-out prompts, and the base
-model), one row for each recipe, means over seeds. A run is read at its end, at equal reward queries
-and at equal time, the latter two from its logged curve. Pictures lie beside the page, and so does
-`results.json`, what was read of every run so far: runs that are named again replace their record,
-others stay.
+Puts finished runs side by side: one table for each task (a reward on held-out prompts, the base
+model, and the pairs if it learns from such), one row for each recipe, means over seeds. A run is
+read at its end, at equal reward queries and at equal time, the latter two from its logged curve.
+Pictures lie beside the page, and so does `results.json`, what was read of every run so far: runs
+that are named again replace their record, others stay.
 """
 import json
 import math
@@ -49,11 +49,11 @@ def read_run(folder: pathlib.Path) -> dict:
            for line in lines if "eval/reward_change" in line]
   tuned, base = summary["tuned"], summary["base"]
   change = {key: tuned[key]["change"] for key in ("reward", "judge") if key in tuned}
-  std = base["reward"].get("within_prompt_std")
+  std, pairs = base["reward"].get("within_prompt_std"), config["data"].get("pairs")
   return {
       "recipe": label(summary["recipe"], config), "seed": config["seed"],
       "task": f"{' + '.join(config['reward']['names'])} on {config['data']['eval_prompts']}, from "
-              f"{config['model']['path']}",
+              f"{config['model']['path']}" + (f", pairs {pathlib.Path(pairs).stem}" if pairs else ""),
       "steps": summary["steps"], "seconds": summary["seconds"], "device": summary["device"],
       "reward_std": std, "change": change, "diversity": tuned["diversity"]["ratio_to_base"],
       "fd": tuned.get("fd_to_base"), "kl": tuned.get("kl_to_base", {}).get("mean"),
@@ -65,15 +65,15 @@ def read_run(folder: pathlib.Path) -> dict:
 def label(recipe: str, config: dict) -> str:
   """The recipe, and what the run's config has otherwise than the shipped recipe of that name.
 
-  Not what only watches a run (how often it saves, evaluates, logs), nor the task: reward and
-  prompts.
+  Not what only watches a run (how often it saves, evaluates, logs), nor the task: reward, prompts
+  and pairs.
   """
   try:
     shipped = parse(load_recipe(f"jaxalign:{recipe}")).to_dict()
   except UserError:
     return recipe                                            # of the user's own
   watching = {"train.checkpoint_every", "train.keep", "eval.every", "eval.path_kl",
-              "data.prompts", "data.eval_prompts"}
+              "data.prompts", "data.eval_prompts", "data.pairs"}
   changed = [f"{group}.{key}={value}" for group, values in config.items()
              if isinstance(values, dict) and group not in ("reward", "mesh", "log")
              for key, value in values.items()
@@ -96,6 +96,15 @@ def change_of(rows: list[dict], score: str) -> tuple[float, float] | None:
   if len(changes) == 1:
     return changes[0]["mean"], changes[0].get("sem", math.nan)
   return over_seeds([change["mean"] for change in changes])
+
+
+def in_errors(rows: list[dict]) -> str:
+  """The reward's paired change in its own clustered errors, lowest to highest of the seeds."""
+  changes = [row["change"]["reward"] for row in rows]
+  ratios = sorted(c["mean"] / c["sem"] for c in changes if c.get("sem"))
+  if not ratios:
+    return ""
+  return "{:.1f}".format(ratios[0]) + (f" to {ratios[-1]:.1f}" if len(ratios) > 1 else "")
 
 
 def at(record: dict, key: str, limit: float, value: str) -> float | None:
@@ -124,7 +133,7 @@ def table(records: list[dict]) -> list[str]:
   recipes = sorted({r["recipe"] for r in records})
   limits = {key: min((r["curve"][-1][key] for r in records if r["curve"] and r["curve"][-1][key]),
                      default=None) for key in ("queries", "seconds")}
-  head = ["recipe", "seeds", "reward", "in std", "judge", "diversity, % of base",
+  head = ["recipe", "seeds", "reward", "in std", "in SE", "judge", "diversity, % of base",
           "Frechet distance (floor)", "path KL, nats", "reward queries", "reward gradients",
           "seconds", "s per update", "update MiB", "peak MiB"]
   if limits["queries"]:
@@ -141,7 +150,7 @@ def table(records: list[dict]) -> list[str]:
         f"`{recipe}`", str(len(rows)), _number(change_of(rows, "reward"), "{:+.4f}"),
         of(lambda r: r["change"]["reward"]["mean"] / r["reward_std"] if r["reward_std"] else None,
            "{:+.2f}"),
-        _number(change_of(rows, "judge"), "{:+.4f}"),
+        in_errors(rows), _number(change_of(rows, "judge"), "{:+.4f}"),
         of(lambda r: 100 * r["diversity"], "{:.1f}"),
         of(lambda r: r["fd"] and r["fd"]["distance"], "{:.4f}") + (
             f" ({floor[0]:.4f})" if floor else ""),
@@ -197,12 +206,13 @@ def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
            "(`results.json`).", "",
            "Reward and judge: paired change from the base model on held-out prompts, same noise. "
            "`in std`: the reward's change in standard deviations of the base model's reward within "
-           "a prompt. Mean ± standard error over seeds; of a single seed, reward and judge have "
-           "their error over prompts. A recipe is followed by the keys that a run had otherwise. "
-           "The two columns at the right read watched prompts, at the queries and the time that "
-           "the cheapest run of the table spent; empty where a run logged no curve that far. "
-           "`update MiB` is what XLA assigns one device for "
-           "the compiled update, `peak MiB` what the whole process took on a CPU.", ""]
+           "a prompt; `in SE`: in its standard error over prompts, lowest to highest of the seeds. "
+           "Mean ± standard error over seeds; of a single seed, reward and judge have their error "
+           "over prompts. A recipe is followed by the keys that a run had otherwise. "
+           "The two columns at the right read watched prompts, at the queries (gradients are counted "
+           "too) and the time that the cheapest run of the table spent; empty where a run logged no "
+           "curve that far. `update MiB` is what XLA assigns one device for the compiled update, "
+           "`peak MiB` what the whole process took on a CPU.", ""]
   for number, task in enumerate(sorted({r["task"] for r in records}), 1):
     rows = [r for r in records if r["task"] == task]
     devices = ", ".join(sorted({r["device"] for r in rows}))

@@ -9,11 +9,11 @@ from jaxalign.errors import UserError
 
 
 def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward="emoji_clip",
-              model="jaxalign:emoji"):
+              model="jaxalign:emoji", pairs=""):
   """A finished run of 10 steps, evaluated every 5, whose reward rises linearly to `gain`."""
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps({"config": {
-      "seed": seed, "reward": {"names": [reward]}, "data": {"eval_prompts": "jaxalign:held"},
+      "seed": seed, "reward": {"names": [reward]}, "data": {"eval_prompts": "jaxalign:held", "pairs": pairs},
       "model": {"path": model}}}))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(
       {"step": step, "seconds": 2.0 * step, "train/loss": 0.0, **(
@@ -44,10 +44,10 @@ def test_page_holds_what_the_runs_measured(tmp_path):
   row, = [line for line in text.splitlines() if line.startswith("| `ddpo:emoji`")]
   cells = [cell.strip() for cell in row.split("|")[1:-1]]
   error = np.std([0.1, 0.12, 0.14], ddof=1) / np.sqrt(3)
-  assert cells[1:5] == ["3", f"+0.1200 ± {error:.4f}", f"+0.60 ± {error / 0.2:.2f}",
-                        f"+0.0600 ± {error / 2:.4f}"]
-  assert cells[5:9] == ["90.0 ± 0.0", "0.0500 ± 0.0000 (0.0100)", "3.0 ± 0.0", "640"]
-  assert cells[10:14] == ["20 ± 0", "2.00 ± 0.00", "256", "1,024"]
+  assert cells[1:6] == ["3", f"+0.1200 ± {error:.4f}", f"+0.60 ± {error / 0.2:.2f}",
+                        "10.0 to 14.0", f"+0.0600 ± {error / 2:.4f}"]
+  assert cells[6:10] == ["90.0 ± 0.0", "0.0500 ± 0.0000 (0.0100)", "3.0 ± 0.0", "640"]
+  assert cells[11:15] == ["20 ± 0", "2.00 ± 0.00", "256", "1,024"]
   assert cells[-2].startswith("+0.0600")           # at the 320 queries of the cheapest run
   assert cells[-1].startswith("+0.1200")
   for number in (1, 2):
@@ -62,10 +62,12 @@ def test_page_holds_what_the_runs_measured(tmp_path):
   assert len(json.loads((tmp_path / "docs" / "results" / "results.json").read_text())) == 5
 
 
-def test_tasks_are_apart_by_their_base_model(tmp_path):
+def test_tasks_are_apart_by_base_model_and_pairs(tmp_path):
   task = lambda **options: compare.read_run(write_run(tmp_path / str(options), **options))["task"]
   assert task() == "emoji_clip on jaxalign:held, from jaxalign:emoji"
   assert task(model="elsewhere") == "emoji_clip on jaxalign:held, from elsewhere"
+  pairs = write_run(tmp_path / "pairs", pairs="folder/r0.parquet")
+  assert compare.read_run(pairs)["task"] == task(reward="emoji_clip") + ", pairs r0"
 
 
 def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):
