@@ -144,10 +144,12 @@ def _run(cfg, path, devices, stack) -> dict:
       values = search.step(step)
       settle()
       step += 1
+      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
+      if due or step == cfg.train.steps:
+        jax.block_until_ready(values)  # all that was dispatched belongs to this side of the clock
       seconds = round(before + time.monotonic() - clock, 3)
       pending = (step, seconds, values)
       progress["seconds"] = seconds
-      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
       if notice.at(step):
         settle()
         progress["look_due"] = due

@@ -164,11 +164,12 @@ def _run(cfg, path, devices, stack) -> dict:
       state, values = programs.update(state, experience, rewards, step)
       settle()
       step += 1
+      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
+      if due or step == cfg.train.steps:
+        jax.block_until_ready(values)  # all that was dispatched belongs to this side of the clock
       seconds = round(before + time.monotonic() - clock, 3)
       pending = (step, seconds, values, terms, [row_prompts[i] for i in ids])
       progress["seconds"] = seconds
-
-      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
       if notice.at(step):
         settle()
         progress["look_due"] = due
