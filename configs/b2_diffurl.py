@@ -17,16 +17,12 @@ from jaxalign.methods.b2_diffurl import PRESETS
 def get_config(arg="emoji"):
   size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
   config = configs_lib.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
-  for preset in presets:
-    config.method.update(PRESETS[preset])
-  scale = 16384 / 256        # clip ranges are per latent element; the presets' are for 64x64x4
   if size == "emoji":
     config.reward.names = ("emoji_styled",)
     config.data.prompts, config.data.eval_prompts = (
         "jaxalign:emoji_styles_train", "jaxalign:emoji_styles_heldout")
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.interval_stages = 8, 60
-    config.method.clip_range *= scale
     # As in ddpo.py: with uniform weights the last steps' densities drown what decides the image.
     config.method.step_weights = "even"
     config.train.steps, config.train.checkpoint_every, config.eval.every = 80, 15, 15
@@ -34,8 +30,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 156
   elif size == "smoke":
     configs_lib.make_smoke(config)
-    config.method.group, config.method.interval_stages = 4, 2
-    config.method.clip_range *= scale
+    config.method.interval_stages = 2
   else:
     # The published stage of 256 roots and 100 stages, as eight times as many updates of 32 roots:
     # 128,000 samples, as there. Its reward is the CLIP score, which the user names.
@@ -50,4 +45,13 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 800, 40, 80
     config.train.patience = 0                   # the judge knows emoji only
     config.eval.batch = 16
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+  if size == "smoke":
+    config.method.group = 4                     # of its eight trajectories
+  elif config.sample.batch % config.method.group:
+    config.sample.batch = 32 * config.method.group    # a preset's group: as many roots as :sd15
+  if size != "sd15":
+    # Clip ranges are per latent element; the method's and the presets' are for 64x64x4.
+    config.method.clip_range *= 16384 / 256
   return config

@@ -71,6 +71,17 @@ def test_presets_change_the_method_only():
     runs.recipe("smoke,relase")
 
 
+def test_what_the_published_b2_code_computes():
+  """Five branches, uniform steps, and a clip range for the size of the emoji model's latents."""
+  published, default = (parse(runs.recipe(a, "b2_diffurl")) for a in ("emoji,b2_code", "emoji"))
+  assert (published.method.group, published.method.step_weights) == (5, "uniform")
+  assert published.sample.batch == 160 and published.method.clip_range == 0.1 * 64
+  assert default.method.step_weights == "even" and default.method.clip_range == 1e-4 * 64
+  assert parse(runs.recipe("emoji,b2_paper", "b2_diffurl")).method == default.method
+  assert parse(runs.recipe("smoke,b2_code", "b2_diffurl")).method.group == 4
+  assert parse(runs.recipe("sd15,b2_code", "b2_diffurl")).method.history == 64
+
+
 def test_split_argument():
   assert split_argument("", ("emoji", "smoke")) == ("emoji", [])
   assert split_argument("p,smoke", ("emoji", "smoke"), ("p", "q")) == ("smoke", ["p"])

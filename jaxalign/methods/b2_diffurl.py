@@ -40,10 +40,11 @@ class Config(policy_gradient.Config):
 
 
 # The paper's idea, comparison within a branch, which is the default; and what the published code
-# computes: scores against the prompt's rewards of nine updates, each extreme kept for itself, and a
-# clip range that never acts.
+# computes: five branches, scores against the prompt's rewards of nine updates, each extreme kept
+# for itself, all steps alike, and a clip range that never acts. `history` is the recipe's, as it
+# counts updates, of which a published stage may take several.
 PRESETS: dict[str, dict[str, Any]] = {
     "b2_paper": dict(advantage="group_z", select="pairs", pairs=1, clip_range=1e-4),
-    "b2_code": dict(advantage="prompt", history=8, min_count=2, select="extremes", keep_above=0.5,
-                    keep_below=-0.5, clip_range=0.1),
+    "b2_code": dict(group=5, advantage="prompt", min_count=2, select="extremes", keep_above=0.5,
+                    keep_below=-0.5, clip_range=0.1, step_weights="uniform"),
 }
