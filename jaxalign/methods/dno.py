@@ -18,6 +18,7 @@ Tang et al. 2024, "Inference-Time Alignment of Diffusion Models with Direct Nois
 algorithm 1 and section 5 (estimators). Implemented from the paper.
 """
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class Config:
     prno: weight of the regulariser of all noise as one vector, reward units per nat; prno_vector:
       of each vector on its own. norm, drift, spectrum: weights of `norm_score`, of minus
       `kl_from_start` and of `spectrum_score`. 0 is off.
-    block, permutations: k and b of prno.
+    block, permutations: k, at most the size of one vector, and b of prno.
     clamp: score images in [0, 1]. False is the paper's form and lets pixels leave that range.
     keep_best: the result is the best-scored noise of the run, otherwise the last.
     min_p: noise whose `Prno.p` is below this is never kept as the best; 0 keeps any.
@@ -186,7 +187,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """DNO as a Method at inference.
 
   Raises:
-    UserError: a black box without an estimator, or optimiser keys that mean nothing here.
+    UserError: a black box without an estimator, blocks larger than a vector of noise, or optimiser
+      keys that mean nothing here.
   """
   if cfg.gradient == "first_order" and models.score is None:
     raise UserError("method.gradient='first_order' needs a differentiable reward, and reward.names "
@@ -194,6 +196,9 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   if optim.ema or optim.accumulate > 1:
     raise UserError("optim.ema and optim.accumulate are for weights; noise has neither an average "
                     "nor micro-batches (sample.batch is the number of images at a time)")
+  size = math.prod(models.latent_shape)
+  if cfg.block > size:
+    raise UserError(f"method.block={cfg.block} exceeds the {size} numbers of a vector of noise")
   live = live_vectors(models.sampler, cfg.noise)
   optimizer = optax.adamw(learning_rate(optim), optim.b1, optim.b2, optim.eps,
                           weight_decay=optim.weight_decay)

@@ -276,5 +276,7 @@ def test_what_cannot_be_trained_is_refused():
   with pytest.raises(UserError, match="optim.ema"):
     dno.make(models, Config(), OptimConfig(ema=0.9))
   with pytest.raises(UserError, match="method.gradient='first_order' needs a differentiable"):
-    dno.make(replace(models, score=None), Config(), PLAIN)
-  dno.make(replace(models, score=None), Config(gradient="zo"), PLAIN)
+    dno.make(replace(models, score=None), Config(block=2), PLAIN)
+  dno.make(replace(models, score=None), Config(gradient="zo", block=2), PLAIN)
+  with pytest.raises(UserError, match="method.block=3 exceeds the 2 numbers"):
+    dno.make(models, Config(block=3), PLAIN)
