@@ -17,8 +17,14 @@ from jaxalign.methods.optimizer import OptimConfig
 from jaxalign.testing import analytic
 
 KEY = jax.random.key(3)
-# Plain steps of size 0.1: Adam whose eps dwarfs the gradient.
-PLAIN = OptimConfig(lr=1e5, eps=1e6, b1=0.0, clip_norm=0.0)
+
+
+def plain(size):
+  """Plain steps of a size: Adam whose eps dwarfs the gradient."""
+  return OptimConfig(lr=float(size) * 1e6, eps=1e6, b1=0.0, clip_norm=0.0)
+
+
+PLAIN = plain(0.1)
 FREE = dict(prno=0.0, prno_vector=0.0, block=2, permutations=1, min_p=0.0, remat="none")
 W = np.asarray([1.5, -0.5])
 
@@ -29,7 +35,7 @@ def world(reward, variance=0.5, steps=10, mean=(0.7, -0.4), **sampler):
 
 
 def climb(models, cfg, optim, updates, size=8, method=None):
-  """State before and after, and metrics `{name: [updates, B]}`."""
+  """State before and after, metrics `{name: [updates, B]}`, and `z` before each update."""
   method = method or dno.make(models, cfg, optim)
   batch = analytic.make_batch(size)
   first = state = method.init(KEY, models.frozen, batch)
@@ -38,7 +44,8 @@ def climb(models, cfg, optim, updates, size=8, method=None):
     experience = dict(method.collect(state, models.frozen, batch, key))
     images = experience.pop("images", None)
     rewards = None if images is None else models.score(models.frozen["reward"], images, {})
-    return method.update(state, models.frozen, experience, rewards, key)
+    new, logs = method.update(state, models.frozen, experience, rewards, key)
+    return new, {"z": state["z"], **logs} if "z" in state else logs
   state, logs = jax.jit(lambda s: jax.lax.scan(update, s, jax.random.split(KEY, updates)))(state)
   return first, state, jax.device_get(logs)
 
@@ -100,6 +107,153 @@ def test_first_vector_only():
   product = dno.make(models, Config(**FREE, noise="first", keep_best=False), PLAIN).product(state)
   np.testing.assert_array_equal(product[:, 1:], first["start"][:, 1:])
   assert np.abs(product[:, 0] - first["start"][:, 0]).min() > 0
+
+
+# Regularisers inside the method, and plain ascent on a curved reward.
+
+TARGET = np.asarray([0.2, 0.9])
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5])
+def test_drift_pulls_a_quadratic_reward_back_to_the_start(weight):
+  """`z_start + A^T (A A^T + weight I)^-1 (y - c - A z_start)`, for each row.
+
+  A step of size 1 shrinks the distance to it by 1 - weight - 0.37, to under 1e-7 in 30 steps. Then
+  the gradient, a sum of terms near 1 in f32, is rounding: 1e-6 / (weight + 0.37) in z.
+  """
+  models = world(analytic.quadratic_reward(TARGET))
+  a, c = jacobian(models)
+  first, state, _ = climb(models, Config(**FREE, drift=weight), plain(1.0), 30)
+  start = np.asarray(first["z"], np.float64).reshape(8, -1)
+  gap = TARGET - c - start @ a.T
+  expected = start + gap @ np.linalg.inv(a @ a.T + weight * np.eye(2)) @ a
+  np.testing.assert_allclose(np.asarray(state["z"]).reshape(8, -1), expected, atol=1e-5)
+  assert np.abs(expected - start).max() > 0.1
+
+
+def test_without_drift_the_move_is_the_smallest_that_reaches_the_target():
+  """`z_start + A^+ (y - c - A z_start)`: the move of least norm."""
+  models = world(analytic.quadratic_reward(TARGET))
+  a, c = jacobian(models)
+  first, state, _ = climb(models, Config(**FREE), plain(1.0), 40)
+  start = np.asarray(first["z"], np.float64).reshape(8, -1)
+  expected = start + (TARGET - c - start @ a.T) @ np.linalg.pinv(a).T
+  np.testing.assert_allclose(np.asarray(state["z"]).reshape(8, -1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prno", "prno_vector", "norm", "drift", "spectrum"])
+def test_each_regulariser_alone_improves_its_own_score(name):
+  """From noise that is too short, shifted and smooth in part; without any, nothing moves."""
+  shape = (8, 8, 4)
+  models = replace(world(analytic.linear_reward(W), steps=2), latent_shape=shape,
+                   denoise=lambda v, x, t, c: 0 * x,
+                   score=lambda p, x, _: jnp.zeros(x.shape[0]))
+  wave = jnp.sin(2 * jnp.pi * jnp.arange(8) / 8)[None, None, :, None, None]
+
+  def path(**weights):
+    method = dno.make(models, Config(**FREE | {"block": 4, "permutations": 2} | weights), PLAIN)
+    batch = analytic.make_batch(4)
+    state = method.init(KEY, models.frozen, batch)
+    state["z"] = 0.6 * state["z"] + 0.2 + wave
+    update = jax.jit(lambda state, key: method.update(state, models.frozen, {"batch": batch}, None,
+                                                      key))
+    scores, start = [], state["z"]
+    for key in jax.random.split(KEY, 6):
+      state, logs = update(state, key)
+      scores.append(np.asarray(logs["noise/drift"] * -1 if name == "drift" else
+                               logs.get(f"noise/{name}", np.zeros(4))))
+    return np.asarray(scores), np.asarray(start), np.asarray(state["z"])
+  scores, start, end = path(**{name: 1.0})
+  assert (scores[-1] > scores[0]).all() and (scores[0] < -1).all()
+  assert np.abs(end - start).max() > 1e-3
+  _, start, end = path()
+  np.testing.assert_array_equal(end, start)
+
+
+CURVES = np.asarray([1.0, 0.25])
+
+
+def curved_reward():
+  """`-sum curves (x - y)^2 / 2`: the Hessian in z is `-A^T diag(curves) A`."""
+  params, _ = analytic.quadratic_reward(TARGET)
+  curves = jnp.asarray(CURVES, jnp.float32)
+  return params, lambda p, x, _: -0.5 * (curves[None] * jnp.square(x - p["c"][None])).sum(-1)
+
+
+def test_every_plain_step_gains_what_the_descent_lemma_says():
+  """Theorem 1, for each image: the gain is `l |g|^2 - l^2 g^T H g / 2`, at least
+  `(l - l^2 L / 2) |g|^2`, and never negative up to l = 1 / L.
+  """
+  models = world(curved_reward())
+  a, c = jacobian(models)
+  hessian = a.T @ np.diag(CURVES) @ a
+  largest = np.linalg.eigvalsh(hessian)[-1]
+  for size in (0.1, 1 / largest):
+    _, _, logs = climb(models, Config(**FREE), plain(size), 5, size=64)
+    z = logs["z"].astype(np.float64).reshape(5, 64, -1)
+    g = (CURVES * (TARGET - c - z @ a.T)) @ a
+    gain = np.diff(logs["train/reward"].astype(np.float64), axis=0)
+    square = np.square(g).sum(-1)[:-1]
+    expected = size * square - 0.5 * size ** 2 * np.einsum("nbi,ij,nbj->nb", g, hessian, g)[:-1]
+    # Rewards of size 3 are read with f32's 1e-7, four operations deep.
+    np.testing.assert_allclose(gain, expected, rtol=1e-4, atol=2e-6)
+    bound = (size - 0.5 * size ** 2 * largest) * square
+    assert (gain >= bound - 2e-6).all() and (gain.mean(1) >= bound.mean(1) - 2e-6).all()
+    np.testing.assert_allclose(logs["train/grad_norm"], np.sqrt(np.square(g).sum(-1)), rtol=1e-4,
+                               atol=2e-6)
+
+
+def test_steps_beyond_the_curvature_diverge():
+  """At 2.1 / L the distance grows by 1.1 a step, so the loss by 1.21."""
+  models = world(analytic.quadratic_reward(TARGET))
+  a, _ = jacobian(models)
+  _, _, logs = climb(models, Config(**FREE), plain(2.1 / (a @ a.T)[0, 0]), 6)
+  np.testing.assert_allclose(logs["train/reward"][1:] / logs["train/reward"][:-1], 1.21, rtol=1e-3)
+
+
+def test_clamp_decides_whether_pixels_may_leave_their_range():
+  """Without it every row climbs along `A^T w` for ever; with it a pixel stops at the border."""
+  models = world(analytic.linear_reward([1.0, 1.0]), variance=0.02, mean=(0.5, 0.5))
+  models = replace(models, decode=lambda p, x: jnp.clip(x, 0.0, 1.0))
+  a, _ = jacobian(replace(models, decode=models.decode_unclamped))
+  first, state, logs = climb(models, Config(**FREE, clamp=False), plain(100.0), 4)
+  moved = np.asarray(state["z"] - first["z"]).reshape(8, -1)
+  np.testing.assert_allclose(moved, np.tile(400 * a.sum(0), (8, 1)), rtol=2e-3, atol=1e-5)
+  assert logs["train/reward"][-1].min() > 2 + 1e-3
+  _, state, logs = climb(models, Config(**FREE), plain(100.0), 4)
+  np.testing.assert_allclose(logs["train/reward"][-1], 2.0, rtol=1e-6)
+  assert not logs["train/grad_norm"][-1].any()
+
+
+@pytest.mark.parametrize("gradient", ["first_order", "hybrid2"])
+def test_an_image_does_not_see_its_batch_mates(gradient):
+  """Bit for bit: clipping, regularisers, estimators and what is kept are per image."""
+  models = world(bounded_reward(), steps=4)
+  cfg = Config(block=2, permutations=2, remat="none", gradient=gradient, probes=2, drift=0.1,
+               norm=0.1)
+  method = dno.make(models, cfg, OptimConfig(lr=5e-2))
+
+  def run(ids):
+    batch = dict(analytic.make_batch(len(ids)), sample_ids=jnp.asarray(ids))
+    state = method.init(KEY, models.frozen, batch)
+
+    @jax.jit
+    def update(state, key):
+      experience = dict(method.collect(state, models.frozen, batch, key))
+      images = experience.pop("images", None)
+      rewards = None if images is None else models.score(models.frozen["reward"], images, {})
+      return method.update(state, models.frozen, experience, rewards, key)
+    for key in jax.random.split(KEY, 5):
+      state, logs = update(state, key)
+    return state, logs
+  state, logs = run([3, 0, 1, 2])
+  for others in ([3, 40, 41, 42], [3, 17, 17, 5]):
+    other, other_logs = run(others)
+    for name in ("z", "best", "best_reward", "best_step"):
+      np.testing.assert_array_equal(state[name][0], other[name][0])
+    for name in logs:
+      np.testing.assert_array_equal(logs[name][0], other_logs[name][0])
+  assert np.any(np.asarray(state["z"])[0] != np.asarray(other["start"])[0, :state["z"].shape[1]])
 
 
 # Estimators.
@@ -168,14 +322,14 @@ def test_clipping_is_per_row():
   np.testing.assert_array_equal(clip_rows(gradient[:2], 0.0)[0], gradient[:2])
 
 
-def bounded():
+def bounded_reward():
   """A reward that is not finite for some images, and falls for the others after a while."""
   params, _ = analytic.linear_reward(W)
-  return world((params, lambda p, x, _: jnp.where(x[:, 0] > 1.2, jnp.nan, x[:, 0])))
+  return params, lambda p, x, _: jnp.where(x[:, 0] > 1.2, jnp.nan, x[:, 0])
 
 
 def test_what_is_not_finite_rests_and_is_never_kept():
-  _, state, logs = climb(bounded(), Config(**FREE), PLAIN, 4, size=64)
+  _, state, logs = climb(world(bounded_reward()), Config(**FREE), PLAIN, 4, size=64)
   bad = ~np.isfinite(logs["train/reward"])
   assert bad[0].any() and not bad[0].all()
   for name in ("z", "best"):

@@ -63,6 +63,50 @@ def test_shifted_noise(big):
   assert look(z + 0.01).p < 1e-2 and look(z + 0.02).p < 1e-6
 
 
+@pytest.mark.parametrize("factor, published", [(0.995, 0.80), (0.993, 0.14), (0.99, 1e-3),
+                                               (0.98, 6e-15)])
+def test_second_bound_of_shrunk_noise(big, factor, published):
+  """p2 is `2 exp(-m / 2 (sqrt(1 + M2) - 1 - sqrt(k / m))^2)` with M2 from `1 - factor^2` on.
+
+  A draw's own extreme eigenvalue adds up to `2 sqrt(k / m)` (the edge of the Wishart law). The
+  published mean over permutations, of another draw, lies in the same range.
+  """
+  m = BIG // 4
+  spread = math.sqrt(4 / m)
+  low, high = (min(1.0, 2 * math.exp(-m / 2 * max(math.sqrt(1 + off) - 1 - spread, 0) ** 2))
+               for off in (1 - factor ** 2 + 2 * spread, 1 - factor ** 2))
+  z, _ = big
+  found = min(1.0, 2 * math.exp(float(concentration(jnp.asarray(factor * z)[None], 4)[1][0])))
+  assert low <= found <= high and low <= published <= high
+
+
+@pytest.mark.parametrize("shift, published", [(0.003, 0.97), (0.005, 0.37), (0.01, 6e-4)])
+def test_first_bound_of_shifted_noise(big, shift, published):
+  """log p1 is `-(D (shift + g)^2 + X) / 2k`, g the draw's mean and X chi squared, 3 degrees.
+
+  X is below 16.3 in 999 of 1000 draws, |g| below 2.6 / sqrt(D) in 99 of 100.
+  """
+  bound = lambda mean, chi: min(1.0, 2 * math.exp(-(BIG * mean ** 2 + chi) / 8))
+  z, _ = big
+  g = float(z.mean(dtype=np.float64))
+  found = min(1.0, 2 * math.exp(float(concentration(jnp.asarray(z + shift)[None], 4)[0][0])))
+  assert bound(shift + g, 16.3) <= found <= bound(shift + g, 0.0) * (1 + 1e-3)
+  far = 2.6 / math.sqrt(BIG)
+  assert bound(shift + far, 16.3) <= published <= bound(shift - far, 0.0)
+
+
+@pytest.mark.parametrize("kind, log_p", [
+    ("zeros", (1, 0)), ("ones", (0, 0)), ("doubled", (1, 0)), ("signs", (1, 1))])
+def test_both_bounds_of_gross_violations(big, kind, log_p):
+  """Which of p1, p2 is 1 (to the draw's own moments) and which is 0, in natural order."""
+  z, _ = big
+  found = concentration(jnp.asarray({
+      "zeros": 0 * z, "ones": 0 * z + 1, "doubled": np.repeat(z[:BIG // 2], 2),
+      "signs": np.sign(z)}[kind], jnp.float32)[None], 4)
+  for value, alive in zip(found, log_p):
+    assert float(value[0]) > -4 if alive else float(value[0]) < -1000
+
+
 def test_gross_violations(big):
   z, look = big
   assert regularizer(look(0 * z)) == pytest.approx(3.5e4, rel=0.02)

@@ -195,7 +195,8 @@ def dpo_optimum(a, latents, noise, t, weights):
       weights * each(errors({"delta": delta}), errors(None), label)).sum(), 0.0, 40.0)
 
 
-@pytest.mark.parametrize("a, expected", [(0.5, 2.818956), (1.0, 6.016388), (2.0, 13.771648)])
+@pytest.mark.parametrize("a, expected", [(0.25, 1.375729), (0.5, 2.818956), (1.0, 6.016388),
+                                         (2.0, 13.771648)])
 def test_dpo_optimum_with_shared_noise(a, expected):
   """beta delta* of the population, by quadrature over x_w - x_l and every second timestep."""
   gap, weight = normal_nodes(40)
