@@ -58,8 +58,8 @@ def sharing(cfg, devices):
     def compile(self, state):
       if key not in _STEPS:
         super().compile(state)
-        _STEPS[key] = self._collect, self._update, self.update_bytes
-      self._collect, self._update, self.update_bytes = _STEPS[key]
+        _STEPS[key] = self._collect, self._update, self.update_bytes, self.read_base
+      self._collect, self._update, self.update_bytes, self.read_base = _STEPS[key]
       return "compiled"
 
   class Evaluator(loop.Evaluator):

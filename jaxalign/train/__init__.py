@@ -5,6 +5,7 @@ import jax
 
 from jaxalign import processes, sharding
 from jaxalign.configs_lib import Config, load_recipe, parse
+from jaxalign.errors import UserError
 from jaxalign.methods import AT_INFERENCE
 
 
@@ -12,7 +13,8 @@ def run(cfg: Config, path, devices=None) -> dict:
   """Runs, or continues, `cfg` in the folder `path`; returns the summary.
 
   Raises:
-    UserError: the config, a file or a reward is at fault; checkpoints written before stay.
+    UserError: the config, a file, a reward or the disk is at fault; checkpoints written before
+      stay.
   """
   # Both import from this package.
   from jaxalign.train import inference, loop
@@ -22,7 +24,11 @@ def run(cfg: Config, path, devices=None) -> dict:
     sharding.use_cores(cfg.check_devices)
   jax.config.update("jax_threefry_partitionable", True)
   module = inference if cfg.method_name in AT_INFERENCE else loop
-  return module.run(cfg, pathlib.Path(path), devices)
+  try:
+    return module.run(cfg, pathlib.Path(path), devices)
+  except OSError as error:               # a full disk, a folder that went away
+    raise UserError(f"{error}; what --workdir={path} holds is sound, and the same command goes on "
+                    "from its last checkpoint") from error
 
 
 def run_recipe(name: str, path, seed: int = 0, **overrides) -> dict:

@@ -21,10 +21,11 @@ from PIL import Image
 from jaxalign import methods, processes, rng, sharding
 from jaxalign.checkpoint import Checkpointer
 from jaxalign.configs_lib import Config
-from jaxalign.errors import Stopped, UserError
+from jaxalign.errors import UserError
 from jaxalign.methods import best_of_n
 from jaxalign.methods.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
+from jaxalign.train import steps
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import Experiment, build, gather, read_prompts
 from jaxalign.train.loop import (
@@ -89,87 +90,42 @@ def _run(cfg, path, devices, stack) -> dict:
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)
   # `last` is the step after which the run ends, one after that at which all images were at rest.
-  # `look_due`: saved, on SIGTERM, before the evaluation of that step.
-  progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "last": 0,
-              "look_due": False,
-              "best_judge": float(base.scores["judge"].mean())}
-  step = checkpoints.latest_step() or 0
+  progress = {**steps.begin(float(base.scores["judge"].mean())), "last": 0}
+  step, saved = steps.resume(cfg, workdir, checkpoints, search.state, progress)
   if step:
-    search.state, progress = checkpoints.restore(search.state, step)
-    if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
-      if progress["stopped"].startswith("train.max_seconds"):
-        progress["stopped"] = ""           # it was given more time
-    say(f"resumed at step {step}")
+    search.state = saved
   workdir.open_metrics(step, cfg.log.tensorboard)
 
   # ------------------------------------------------------------------ optimisation
   if not step:
     save_pictures(workdir, "samples/step_000000.png", base, prompts, cfg)
   say(search.compile())
-  before = progress["seconds"]
-  clock = time.monotonic()
-  pending = None                       # metrics of the step before, fetched while the next one runs
 
-  def settle(look=dict):
-    nonlocal pending
-    if pending is None:
-      return
-    at, seconds, values = pending
-    pending = None
-    values = means(values, total, at)
+  def report(bar, step, seconds, values, look):
+    values = means(values, total, step)
     if values.get("train/active") == 0 and not progress["last"]:
-      progress["last"] = at + 1
-    workdir.log(at, seconds, {**values, **look()})
-    bar.n = at
+      progress["last"] = step + 1
+    workdir.log(step, seconds, {**values, **look()})
+    bar.n = step
     shown = {name: f"{values[f'train/{key}']:.4f}" for name, key in (
         ("reward", "reward"), ("best", "best_reward")) if f"train/{key}" in values}
-    bar.set_postfix({**shown, "img/s": f"{at * total / max(seconds, 1e-9):.2f}"})
+    bar.set_postfix({**shown, "img/s": f"{step * total / max(seconds, 1e-9):.2f}"})
 
-  def look():
+  def look(step):
     """The evaluation of this step: what it adds to the log; judges progress."""
-    nonlocal progress
     samples = images_of(search.product(), f"watching step {step}")
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, prompts, cfg)
     seen = watch_metrics(samples, base)
-    progress = judge_progress(cfg, progress, step, seen)
+    progress.update(judge_progress(cfg, progress, step, seen))
     return seen
 
-  if progress.get("look_due"):
-    progress["look_due"] = False
-    workdir.log(step, before, look())
+  def ended(step):
+    if not progress["last"] or step < progress["last"]:
+      return ""
+    return f"no image improved for {cfg.method.patience} steps (method.patience)"
 
-  with processes.Notice() as notice, processes.progress(
-      total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
-    while step < cfg.train.steps and not progress["stopped"]:
-      values = search.step(step)
-      settle()
-      step += 1
-      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
-      if due or step == cfg.train.steps:
-        jax.block_until_ready(values)  # all that was dispatched belongs to this side of the clock
-      seconds = round(before + time.monotonic() - clock, 3)
-      pending = (step, seconds, values)
-      progress["seconds"] = seconds
-      if notice.at(step):
-        settle()
-        progress["look_due"] = due
-        checkpoints.save(step, search.state, progress)
-        checkpoints.wait()
-        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
-      if due:
-        settle(look)
-        clock, before = time.monotonic(), seconds      # evaluation is not optimisation time
-      if progress["last"] and step >= progress["last"]:
-        progress["stopped"] = f"no image improved for {cfg.method.patience} steps (method.patience)"
-      if cfg.train.max_seconds and processes.agreed(seconds >= cfg.train.max_seconds):
-        progress["stopped"] = f"train.max_seconds={cfg.train.max_seconds:g} reached"
-      if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps or progress["stopped"]:
-        settle()
-        checkpoints.save(step, search.state, progress)
-    settle()
-  checkpoints.wait()
-  if progress["stopped"]:
-    say(f"stopped at step {step}: {progress['stopped']}")
+  step = steps.take(cfg, workdir, checkpoints, progress, step, advance=search.step, report=report,
+                    look=look, content=lambda: search.state, ended=ended)
 
   # ------------------------------------------------------------------ product
   begun = time.monotonic()

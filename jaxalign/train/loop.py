@@ -5,6 +5,7 @@ evaluation, export, summary.
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import resource
@@ -20,8 +21,9 @@ from jaxalign.checkpoint import Checkpointer
 from jaxalign.configs_lib import Config
 from jaxalign.convert import save_pipeline
 from jaxalign.data.pairs import open_pairs
-from jaxalign.errors import Stopped, UserError
+from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward, check_scores, weighted_sum
+from jaxalign.train import steps
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
 from jaxalign.train.experiment import (
   Experiment,
@@ -107,19 +109,13 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ resume
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)
-  best = untouched                     # the policy with the best judge score, if train.keep_best
+  best = untouched if cfg.train.keep_best else None      # the policy with the best judge score
+  untouched = None                       # as large as the model, where all of it is trained
   content = lambda: {"method": state, **({"best": best} if cfg.train.keep_best else {})}
-  # `look_due`: saved, on SIGTERM, before the evaluation of that step.
-  progress = {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
-              "update_bytes": 0, "best_judge": float(base_watch.scores["judge"].mean())}
-  step = checkpoints.latest_step() or 0
+  progress = steps.begin(float(base_watch.scores["judge"].mean()))
+  step, saved = steps.resume(cfg, workdir, checkpoints, content(), progress)
   if step:
-    saved, progress = checkpoints.restore(content(), step)
     state, best = saved["method"], saved.get("best")
-    if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
-      if progress["stopped"].startswith("train.max_seconds"):
-        progress["stopped"] = ""           # it was given more time
-    say(f"resumed at step {step}")
   workdir.open_metrics(step, cfg.log.tensorboard)
 
   # ------------------------------------------------------------------ training
@@ -128,68 +124,37 @@ def _run(cfg, path, devices, stack) -> dict:
   if step < cfg.train.steps and not progress["stopped"]:
     say(programs.compile(state))
     progress["update_bytes"] = programs.update_bytes
-  before = progress["seconds"]
-  clock = time.monotonic()
-  pending = None                       # metrics of the step before, fetched while the next one runs
+    if not programs.read_base:           # where all weights are trained, no look reads it either
+      jax.tree.map(lambda a: a.delete(), exp.frozen["base"])
 
-  def settle(look=dict):
-    nonlocal pending
-    if pending is not None:
-      report(workdir, bar, *pending, size=cfg.sample.batch, look=look)
-      pending = None
+  def advance(step):
+    nonlocal state
+    if pairs:
+      ids = pairs.draw(step, cfg.sample.batch)
+    else:
+      ids = draw_prompts(cfg.seed, step, len(train_prompts), cfg.sample.batch, cfg.group)
+    experience, terms, rewards = programs.collect(state, step, ids, row_prompts)
+    state, values = programs.update(state, experience, rewards, step)
+    return values, terms, [row_prompts[i] for i in ids]
 
-  def look():
+  def look(step):
     """The short evaluation of this step: what it adds to the log; judges progress."""
-    nonlocal progress, best
+    nonlocal best
     samples = watch(method.product(state), f"watching step {step}")
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, watched, cfg)
     seen = watch_metrics(samples, base_watch)
-    progress = judge_progress(cfg, progress, step, seen)
+    progress.update(judge_progress(cfg, progress, step, seen))
     if cfg.train.keep_best and progress["best_step"] == step:
       best = jax.tree.map(jnp.copy, method.product(state))   # the state itself is donated
     return seen
 
-  if progress.get("look_due"):
-    progress["look_due"] = False
-    workdir.log(step, before, look())
-
-  with processes.Notice() as notice, processes.progress(
-      total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
-    while step < cfg.train.steps and not progress["stopped"]:
-      if pairs:
-        ids = pairs.draw(step, cfg.sample.batch)
-      else:
-        ids = draw_prompts(cfg.seed, step, len(train_prompts), cfg.sample.batch, cfg.group)
-      experience, terms, rewards = programs.collect(state, step, ids, row_prompts)
-      state, values = programs.update(state, experience, rewards, step)
-      settle()
-      step += 1
-      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
-      if due or step == cfg.train.steps:
-        jax.block_until_ready(values)  # all that was dispatched belongs to this side of the clock
-      seconds = round(before + time.monotonic() - clock, 3)
-      pending = (step, seconds, values, terms, [row_prompts[i] for i in ids])
-      progress["seconds"] = seconds
-      if notice.at(step):
-        settle()
-        progress["look_due"] = due
-        checkpoints.save(step, content(), progress)
-        checkpoints.wait()
-        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
-      if due:
-        settle(look)
-        clock, before = time.monotonic(), seconds      # evaluation is not training time
-      if cfg.train.max_seconds and processes.agreed(seconds >= cfg.train.max_seconds):
-        progress["stopped"] = f"train.max_seconds={cfg.train.max_seconds:g} reached"
-      if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps or progress["stopped"]:
-        settle()                       # a state that went wrong is never saved
-        checkpoints.save(step, content(), progress)
-    settle()
-  checkpoints.wait()
-  if progress["stopped"]:
-    say(f"stopped at step {step}: {progress['stopped']}")
+  step = steps.take(cfg, workdir, checkpoints, progress, step, advance=advance, look=look,
+                    content=content, report=functools.partial(report, workdir, cfg.sample.batch))
 
   # ------------------------------------------------------------------ final evaluation and export
+  if not programs.read_base:             # path KL does
+    base_params = exp.models.frozen["base"]
+    exp.frozen["base"] = exp.put(base_params, sharding.param_shardings(base_params, exp.mesh))
   policy, policy_step = method.product(state), step
   if cfg.train.keep_best:
     samples = watch(policy, "watching the last step")
@@ -243,7 +208,8 @@ class Programs:
     ids = np.arange(exp.config.sample.batch, dtype=np.int32)
     self._ids, self._example = exp.put_batch(ids), self._put(ids)
     self._collect = self._update = None
-    self.update_bytes = 0                 # of one device, known once compiled
+    # Known once compiled: bytes of one device; whether a step reads the base model.
+    self.update_bytes, self.read_base = 0, True
 
   def init(self):
     """The initial state, made on the devices where it stays."""
@@ -271,8 +237,9 @@ class Programs:
     """Compiles both programs ahead of time for this state; returns a line about it."""
     begun = time.monotonic()
     with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
-      programs = []
+      programs, self.read_base = [], False
       for traced in self.traced(state).values():
+        self.read_base |= reads(traced, 1, "base")
         programs.append(traced.lower().compile())
         bar.update()
     self._collect, self._update = programs
@@ -337,6 +304,16 @@ class Programs:
     return self._update(state, self._exp.frozen, experience, rewards, key)
 
 
+def reads(traced: jax.stages.Traced, argument: int, name: str) -> bool:
+  """Whether a program reads the entry `name` of its argument of that number, a dict."""
+  jaxpr, keys = traced.jaxpr.jaxpr, jax.tree_util
+  entry = lambda path: path[:2] == (keys.SequenceKey(argument), keys.DictKey(name))
+  own = {id(var) for (path, _), var in zip(
+      keys.tree_leaves_with_path(traced.args_info[0]), jaxpr.invars, strict=True) if entry(path)}
+  used = [*jaxpr.outvars, *(var for equation in jaxpr.eqns for var in equation.invars)]
+  return any(id(var) in own for var in used)
+
+
 def spread(count: int, most: int) -> np.ndarray:
   """At most `most` indices below `count`, evenly apart: files list similar prompts side by side."""
   return np.linspace(0, count - 1, min(most, count)).round().astype(int)
@@ -352,8 +329,13 @@ def draw_prompts(seed: int, step: int, count: int, size: int, group: int = 1) ->
   return np.repeat(np.concatenate(parts)[:wanted], group).astype(np.int32)
 
 
-def report(workdir, bar, step, seconds, values, terms, prompts, *, size, look) -> None:
-  """Fetches, checks and logs the numbers of a finished step, and what `look()` adds to them."""
+def report(workdir, size, bar, step, seconds, outcome, look) -> None:
+  """Fetches, checks and logs the numbers of a finished step, and what `look()` adds to them.
+
+  Args:
+    size: images or pairs of a batch. outcome: values, rewards `{term: [B]}` and prompts `[B]`.
+  """
+  values, terms, prompts = outcome
   values = {name: float(v) for name, v in jax.device_get(values).items()}
   terms = {name: check_scores(name, v, prompts) for name, v in jax.device_get(terms).items()}
   for name, scores in terms.items():
@@ -372,7 +354,7 @@ def report(workdir, bar, step, seconds, values, terms, prompts, *, size, look) -
            for name in ("train/reward", "train/margin_accuracy") if name in values}
   if "train/path_kl" in values:
     shown["KL"] = f"{values['train/path_kl']:.2f}"
-  shown["img/s"] = f"{step * size / seconds:.1f}"
+  shown["img/s"] = f"{step * size / max(seconds, 1e-9):.1f}"
   bar.set_postfix(shown)
 
 

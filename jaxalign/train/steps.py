@@ -1,0 +1,110 @@
+"""The steps of a run, whatever one of them is: clock, looks, checkpoints, and how the run ends."""
+import time
+from collections.abc import Callable
+
+import jax
+
+from jaxalign import processes
+from jaxalign.checkpoint import Checkpointer
+from jaxalign.configs_lib import Config
+from jaxalign.errors import Stopped, UserError
+from jaxalign.train.workdir import Workdir
+
+AGREE_EVERY = 10         # steps between questions that several processes must answer alike
+
+
+def begin(judge: float) -> dict:
+  """The progress of a run before its first step; `judge` is the base model's score.
+
+  Saved with every checkpoint. `seconds`: of steps, without compilation and evaluation. `look_due`:
+  saved, on SIGTERM, before the evaluation of that step.
+  """
+  return {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
+          "update_bytes": 0, "best_judge": judge}
+
+
+def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, progress: dict):
+  """`(step, content)` of the latest checkpoint, whose progress replaces `progress`; or `(0, None)`.
+
+  Raises:
+    UserError: the checkpoints are damaged, or gone though the run has a result.
+  """
+  step = checkpoints.latest_step() or 0
+  if not step:
+    if (workdir.path / "summary.json").exists():
+      raise UserError(f"--workdir={workdir.path}: this run has a result, but no checkpoint "
+                      "to go on from; choose another --workdir")
+    return 0, None
+  saved, old = checkpoints.restore(content, step)
+  progress.update(old)
+  if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
+    if progress["stopped"].startswith("train.max_seconds"):
+      progress["stopped"] = ""             # it was given more time
+  processes.say(f"resumed at step {step}")
+  return step, saved
+
+
+def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dict, step: int, *,
+         advance: Callable, report: Callable, look: Callable, content: Callable,
+         ended: Callable = lambda step: "") -> int:
+  """Takes steps until `train.steps`, or until something ends the run before; returns the last one.
+
+  Args:
+    progress: see `begin`; changed in place.
+    advance: `step -> values`; takes the step after `step` and does not wait for the device.
+    report: `(bar, step, seconds, values, look)`; logs a step, whose values it fetches while the
+      next one runs, with what `look()` adds.
+    look: `step -> dict`; the evaluation after that step, which judges the progress.
+    content: `() -> tree`; what a checkpoint holds.
+    ended: `step -> str`; why the run ends after that step, or "".
+  Raises:
+    Stopped: SIGTERM; the state is saved.
+  """
+  before, clock, pending = progress["seconds"], time.monotonic(), None
+
+  def settle(look=dict):
+    nonlocal pending
+    if pending is not None:
+      report(bar, *pending, look)
+      pending = None
+
+  if progress["look_due"]:
+    progress["look_due"] = False
+    workdir.log(step, before, look(step))
+    clock = time.monotonic()
+  with processes.Notice() as notice, processes.progress(
+      total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
+    while step < cfg.train.steps and not progress["stopped"]:
+      values = advance(step)
+      settle()
+      step += 1
+      due = bool(cfg.eval.every and step % cfg.eval.every == 0)
+      if due or step == cfg.train.steps:
+        jax.block_until_ready(values)    # all that was dispatched belongs to this side of the clock
+      seconds = round(before + time.monotonic() - clock, 3)
+      pending, progress["seconds"] = (step, seconds, values), seconds
+      if notice.at(step):
+        settle()
+        progress["look_due"] = due
+        checkpoints.save(step, content(), progress)
+        checkpoints.wait()
+        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
+      if due:
+        settle(lambda: look(step))
+        clock, before = time.monotonic(), seconds          # evaluation is not training time
+      progress["stopped"] = progress["stopped"] or ended(step) or _out_of_time(cfg, step, seconds)
+      if step % cfg.train.checkpoint_every == 0 or step == cfg.train.steps or progress["stopped"]:
+        settle()                         # a state that went wrong is never saved
+        checkpoints.save(step, content(), progress)
+    settle()
+  checkpoints.wait()
+  if progress["stopped"]:
+    processes.say(f"stopped at step {step}: {progress['stopped']}")
+  return step
+
+
+def _out_of_time(cfg: Config, step: int, seconds: float) -> str:
+  limit = cfg.train.max_seconds
+  if not limit or (processes.several() and step % AGREE_EVERY):
+    return ""
+  return f"train.max_seconds={limit:g} reached" if processes.agreed(seconds >= limit) else ""
