@@ -58,6 +58,8 @@ class Models:
       config names them.
     reward_std: within-prompt standard deviation of the reward on the base model, in reward units.
     decode_unclamped: `decode` without the clamp to [0, 1], where there is one.
+    base_is_generator: whether `frozen["base"]` came as a one-step generator, or with weights in
+      place of its own that may be one, so that it is no teacher of such generators.
   """
   denoise: Callable
   schedule: Schedule
@@ -72,6 +74,7 @@ class Models:
   frozen: Mapping[str, Any]
   reward_std: float = 1.0
   decode_unclamped: Callable | None = None
+  base_is_generator: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,10 +44,15 @@ class Config:
   Attributes:
     divergence: "pseudo_huber", "l2" or "kl".
     kappa: > 0, of pseudo_huber, in the unit of y per root of the latent's size.
-    gradient: "detached" or "full"; of no effect on kl.
+    gradient: "detached", "full", or "alpha": detached plus `gradient_alpha` times what full adds.
+      Of no effect on kl.
+    gradient_alpha: of "alpha": 0 is detached, 1 is full; for l2 in space "x0", SiD's alpha is
+      `1 - gradient_alpha / 2`, so that its 1.2 is -0.4.
     space: unit of y: "eps", "score" (eps / s) or "x0" (eps s / a).
-    weight: w(t): "constant", or "half_dsigma2": with space "score", gradient "full" and l2 the
-      divergence is then the KL of clean samples.
+    weight: w(t): "constant"; "edm", `1 / s^2`, EDM's for errors of x_0 where latents have unit
+      spread; "half_dsigma2", for space "score": with gradient "full" and l2 the divergence is then
+      the KL of clean samples; "dmd_norm", one over the mean of `|x_0 - x0_ref|` of each sample,
+      `x0_ref` the guided teacher's clean estimate: SiD's and DMD's, with space "x0".
     guidance: scale of the teacher, 1 is off. guidance_in: whether it is inside y (else its
       difference is a term of its own).
     reward: alpha >= 0; 0 distils. ratio: alpha is not raw but the wanted ratio of the norms of
@@ -59,9 +64,10 @@ class Config:
   """
   divergence: Literal["pseudo_huber", "l2", "kl"] = "pseudo_huber"
   kappa: NonNegative = 0.1
-  gradient: Literal["detached", "full"] = "detached"
+  gradient: Literal["detached", "full", "alpha"] = "detached"
+  gradient_alpha: float = 0.0
   space: Literal["eps", "score", "x0"] = "eps"
-  weight: Literal["constant", "half_dsigma2"] = "constant"
+  weight: Literal["constant", "edm", "half_dsigma2", "dmd_norm"] = "constant"
   guidance: NonNegative = 3.0
   guidance_in: bool = True
   reward: NonNegative = 1.0
@@ -79,6 +85,16 @@ class Config:
       raise UserError("method.kappa=0.0 has no gradient where scores agree; it is above 0")
     if self.t_min > self.t_max:
       raise UserError(f"method.t_min={self.t_min} is above method.t_max={self.t_max}")
+    if self.gradient_alpha and self.gradient != "alpha":
+      raise UserError(f"method.gradient_alpha={self.gradient_alpha} is for method.gradient='alpha'")
+    if self.weight == "half_dsigma2" and self.space != "score":
+      raise UserError("method.weight='half_dsigma2' weights scores: it is for method.space='score',"
+                      f" not {self.space!r}")
+
+  @property
+  def sampling_share(self) -> float:
+    """What the term by which the law of x_t moves is multiplied by."""
+    return {"detached": 0.0, "full": 1.0, "alpha": self.gradient_alpha}[self.gradient]
 
 
 # Named forms, arguments of the recipe.
@@ -135,22 +151,29 @@ def pseudo_loss(cfg: Config, x_0, point: Point, assistant, reference):
     kappa = cfg.kappa * np.sqrt(x_0[0].size)
     root = jnp.sqrt(square + kappa ** 2)
     loss, distance = -_dot(y, residual) / root, root - kappa
-  if cfg.gradient == "full" and cfg.divergence != "kl":
-    loss = loss + distance
+  if cfg.sampling_share and cfg.divergence != "kl":
+    loss = loss + cfg.sampling_share * distance
   if not cfg.guidance_in and ref.uncond is not None:
     pull = jax.lax.stop_gradient(scale * (ref.uncond - ref.cond))      # score difference, outside
     loss = loss - (cfg.guidance - 1) * _dot(pull, x_t)
-  return point.weight * loss, jax.lax.stop_gradient((distance, square / x_0[0].size))
+  weight = point.weight
+  if cfg.weight == "dmd_norm":
+    x0_ref = (x_t - expand(point.s, x_t) * ref.combined) / expand(point.a, x_t)
+    apart = jnp.abs(x_0 - x0_ref).mean(tuple(range(1, x_0.ndim)))
+    weight = weight / jax.lax.stop_gradient(jnp.maximum(apart, 1e-5))
+  return weight * loss, jax.lax.stop_gradient((distance, square / x_0[0].size))
 
 
 def time_weights(cfg: Config, alphas_cumprod: np.ndarray) -> np.ndarray:
-  """w(t) for every training timestep, f64.
+  """w(t) for every training timestep, f64; 1 where it depends on the sample ("dmd_norm").
 
   "half_dsigma2" turns the mean over uniform t into `1/2 int d(sigma^2)` over variance-exploding
   levels `sigma = s / a`, whose scores are `a` times those of x_t.
   """
-  if cfg.weight == "constant":
+  if cfg.weight in ("constant", "dmd_norm"):
     return np.ones_like(alphas_cumprod)
+  if cfg.weight == "edm":
+    return 1 / (1 - alphas_cumprod)
   sigma2 = (1 - alphas_cumprod) / alphas_cumprod
   return 0.5 * alphas_cumprod * np.gradient(sigma2) * (cfg.t_max - cfg.t_min + 1)
 
@@ -159,12 +182,17 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """Diff-Instruct* as a Method.
 
   Raises:
-    UserError: a sampler of several steps, a black-box reward, or timesteps beyond the schedule.
+    UserError: a sampler of several steps, a black-box reward, no teacher for a model that is a
+      generator already, or timesteps beyond the schedule.
   """
   schedule, sampler = models.schedule, models.sampler
   if sampler.steps != 1:
     raise UserError("method.name: diff_instruct_star trains one-step generators; sample.kind is "
                     "'one_step' for them")
+  if models.base_is_generator and "teacher" not in models.frozen:
+    raise UserError("model.teacher is empty, and the model itself, a one-step generator or one with "
+                    "the weights of model.unet, cannot be its own teacher: name the multi-step "
+                    "model that it was distilled from")
   if cfg.reward and models.score is None:
     raise UserError("method.name: diff_instruct_star needs reward gradients, and reward.names "
                     "holds a black-box reward; choose differentiable rewards")
@@ -264,16 +292,18 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
       return train_assistant(state, frozen, batch, jax.random.fold_in(k_assistant, k))
     state, errors = jax.lax.scan(body, state, jnp.arange(cfg.assistant_steps))
 
-    x_0, pull_back = jax.vjp(
-        lambda policy: generate(policy, frozen, experience["z"], batch["conditioning"]),
-        state["policy"])
+    x_0 = experience["final"]                        # of this very policy and z
     to_data, to_reward, metrics = cotangents(state, frozen, x_0, batch, k_generator)
     # Norms are averaged over updates: a batch's own would let its noise set the reward's weight.
     now = jnp.stack([optax.tree.norm(to_data), optax.tree.norm(to_reward)])
     n = state["updates"]
     norms = jnp.where(n == 0, now, cfg.ratio_decay * state["norms"] + (1 - cfg.ratio_decay) * now)
     alpha = cfg.reward * (norms[0] / jnp.maximum(norms[1], 1e-12) if cfg.ratio else 1.0)
-    gradient, = pull_back(to_data + alpha * to_reward)
+    # The generator runs once the critics and the reward are done, so that its activations do not
+    # lie beside theirs.
+    z, cotangent = jax.lax.optimization_barrier((experience["z"], to_data + alpha * to_reward))
+    gradient, = jax.vjp(lambda policy: generate(policy, frozen, z, batch["conditioning"]),
+                        state["policy"])[1](cotangent)
     active = (n >= cfg.warmup).astype(jnp.float32)
     updates, opt = optimizer.update(gradient, state["optimizer"], state["policy"])
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(active > 0, a, b), new, old)

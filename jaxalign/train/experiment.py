@@ -102,12 +102,17 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   put = placed_shapes if outline else processes.put
   encode = pipeline.encode_prompts
   encode = functools.partial(jax.eval_shape, encode) if outline else jax.jit(encode)
+  # Before the config has its say: what the checkpoint itself is.
+  one_step = Schedule.from_config(pipeline.scheduler_config).one_step is not None
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
-    pipeline.configs["scheduler"][ONE_STEP_KEY] = cfg.sample.timestep
+    scheduler = {**pipeline.scheduler_config, ONE_STEP_KEY: cfg.sample.timestep}
+    pipeline = dataclasses.replace(
+        pipeline, configs={**pipeline.configs, "scheduler": scheduler})
   adapter = None
   if cfg.model.lora and not outline:        # of the same shapes as a new one
     pipeline, adapter = _starting_adapter(cfg, pipeline)
-  models = make_models(cfg, pipeline, reward, mesh)
+  models = dataclasses.replace(make_models(cfg, pipeline, reward, mesh),
+                               base_is_generator=one_step or bool(cfg.model.unet))
   if adapter is not None:
     models.frozen["adapter"] = adapter
   # Whatever is trained starts as a copy of the base model or of the teacher, in f32.

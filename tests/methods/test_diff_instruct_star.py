@@ -270,6 +270,24 @@ def test_smoke_run_writes_a_generator_that_samples_in_one_step(tmp_path):
   assert images.shape == (1, 2, 32, 32, 3)
 
 
+def test_a_generator_is_not_its_own_teacher():
+  """One that says so itself, or weights in place of the UNet's; a multi-step model may be."""
+  from jaxalign.train.experiment import build
+
+  def method(name="diff_instruct_star", **overrides):
+    cfg = runs.smoke(name, **overrides)
+    exp = build(cfg, jax.devices()[:1])
+    return di.make(exp.models, cfg.method, cfg.optim)
+  one = dict(model__path="jaxalign:emoji_onestep", sample__timestep=0)
+  with pytest.raises(UserError, match="model.teacher is empty"):
+    method(**one)
+  unet = str(runs.ROOT / "jaxalign" / "assets" / "emoji_onestep" / "unet")
+  with pytest.raises(UserError, match="model.teacher is empty"):
+    method(model__path="jaxalign:emoji", model__unet=unet)
+  method(**one, model__teacher="jaxalign:emoji")
+  method("distill_emoji_onestep")
+
+
 @pytest.mark.slow
 def test_other_recipes_run(tmp_path):
   from jaxalign.train import run
