@@ -6,6 +6,7 @@ read at its end, at equal reward queries and at equal time, the latter two from 
 Pictures lie beside the page, and so does `results.json`, what was read of every run so far: runs
 that are named again replace their record, others stay.
 """
+import importlib.util
 import json
 import math
 import os
@@ -29,7 +30,7 @@ def read_run(folder: pathlib.Path) -> dict:
   """The record of a finished run: what it is, its summary, and its curve.
 
   The curve has one entry for each evaluation on watched prompts: seconds of training, reward
-  queries and gradients spent, paired change of the reward, diversity.
+  queries spent (a gradient is one of them), paired change of the reward, diversity.
 
   Raises:
     UserError: the folder holds no finished run.
@@ -43,17 +44,18 @@ def read_run(folder: pathlib.Path) -> dict:
   if "tuned" not in summary:
     raise UserError(f"--runs: {folder}: a pretraining run has nothing to compare")
   cost, steps = summary["cost"], max(summary["steps"], 1)
-  spent = cost.get("reward_queries", 0) + cost.get("reward_gradients", 0)
-  curve = [{"seconds": line["seconds"], "queries": spent * line["step"] / steps,
+  # Without training, the outcome of the last step is scored as well.
+  per_step = cost.get("reward_queries", 0) / (steps + ("images" in summary))
+  curve = [{"seconds": line["seconds"], "queries": per_step * line["step"],
             "reward_change": line["eval/reward_change"], "diversity": line["eval/diversity"]}
            for line in lines if "eval/reward_change" in line]
   tuned, base = summary["tuned"], summary["base"]
   change = {key: tuned[key]["change"] for key in ("reward", "judge") if key in tuned}
-  std, pairs = base["reward"].get("within_prompt_std"), config["data"].get("pairs")
+  std, pairs = base["reward"].get("within_prompt_std"), config["data"].get("pairs", "")
   return {
       "recipe": label(summary["recipe"], config), "seed": config["seed"],
       "task": f"{' + '.join(config['reward']['names'])} on {config['data']['eval_prompts']}, from "
-              f"{config['model']['path']}" + (f", pairs {pathlib.Path(pairs).stem}" if pairs else ""),
+              f"{config['model']['path']}{pairs and ', pairs ' + pathlib.Path(pairs).stem}",
       "steps": summary["steps"], "seconds": summary["seconds"], "device": summary["device"],
       "reward_std": std, "change": change, "diversity": tuned["diversity"]["ratio_to_base"],
       "fd": tuned.get("fd_to_base"), "kl": tuned.get("kl_to_base", {}).get("mean"),
@@ -170,7 +172,7 @@ def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
-  curves = {"queries": "reward queries and gradients", "seconds": "seconds of training"}
+  curves = {"queries": "reward queries", "seconds": "seconds of training"}
   if not any(point["queries"] for r in records for point in r["curve"]):
     del curves["queries"]
   recipes = sorted({r["recipe"] for r in records})
@@ -208,11 +210,12 @@ def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
            "`in std`: the reward's change in standard deviations of the base model's reward within "
            "a prompt; `in SE`: in its standard error over prompts, lowest to highest of the seeds. "
            "Mean ± standard error over seeds; of a single seed, reward and judge have their error "
-           "over prompts. A recipe is followed by the keys that a run had otherwise. "
-           "The two columns at the right read watched prompts, at the queries (gradients are counted "
-           "too) and the time that the cheapest run of the table spent; empty where a run logged no "
-           "curve that far. `update MiB` is what XLA assigns one device for the compiled update, "
-           "`peak MiB` what the whole process took on a CPU.", ""]
+           "over prompts. A recipe is followed by the keys that a run had otherwise. Reward "
+           "queries are images scored, reward gradients those of them that were differentiated. "
+           "The two columns at the right read watched prompts, at the queries and the time that the "
+           "cheapest run of the table spent; empty where a run logged no curve that far. `update "
+           "MiB` is what XLA assigns one device for the compiled update, `peak MiB` what the whole "
+           "process took on a CPU.", ""]
   for number, task in enumerate(sorted({r["task"] for r in records}), 1):
     rows = [r for r in records if r["task"] == task]
     devices = ", ".join(sorted({r["device"] for r in rows}))
@@ -224,6 +227,8 @@ def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
 
 def main(argv) -> None:
   del argv
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UserError("the page has curves: pip install 'jaxalign[notebooks]' brings matplotlib")
   output = pathlib.Path(_OUTPUT.value)
   folder = output.with_suffix("")
   kept = folder / "results.json"

@@ -13,7 +13,8 @@ def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward=
   """A finished run of 10 steps, evaluated every 5, whose reward rises linearly to `gain`."""
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps({"config": {
-      "seed": seed, "reward": {"names": [reward]}, "data": {"eval_prompts": "jaxalign:held", "pairs": pairs},
+      "seed": seed, "reward": {"names": [reward]},
+      "data": {"eval_prompts": "jaxalign:held", "pairs": pairs},
       "model": {"path": model}}}))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(
       {"step": step, "seconds": 2.0 * step, "train/loss": 0.0, **(
@@ -27,7 +28,7 @@ def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward=
                 "diversity": {"ratio_to_base": 0.9}, "kl_to_base": {"mean": 3.0},
                 "fd_to_base": {"distance": 0.05, "floor": 0.01}},
       "cost": {"denoiser_forward": 100, "denoiser_backward": 0, "reward_queries": 10 * queries,
-               "reward_gradients": 0, "peak_bytes": 2**30, "update_bytes": 2**28}}))
+               "reward_gradients": 5 * queries, "peak_bytes": 2**30, "update_bytes": 2**28}}))
   return folder
 
 
