@@ -157,7 +157,7 @@ def table(records: list[dict]) -> list[str]:
         of(lambda r: r["fd"] and r["fd"]["distance"], "{:.4f}") + (
             f" ({floor[0]:.4f})" if floor else ""),
         of(lambda r: r["kl"], "{:.1f}"), spent("reward_queries"), spent("reward_gradients"),
-        of(lambda r: r["seconds"], "{:.0f}"), of(lambda r: r["step_seconds"], "{:.2f}"),
+        of(lambda r: r["seconds"], "{:.0f}"), f"{min(r['step_seconds'] for r in rows):.2f}",
         f"{max(r['update_bytes'] for r in rows) / 2**20:,.0f}",
         f"{max(r['peak_bytes'] for r in rows) / 2**20:,.0f}"]
     for key, limit in limits.items():
@@ -210,12 +210,13 @@ def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
            "`in std`: the reward's change in standard deviations of the base model's reward within "
            "a prompt; `in SE`: in its standard error over prompts, lowest to highest of the seeds. "
            "Mean ± standard error over seeds; of a single seed, reward and judge have their error "
-           "over prompts. A recipe is followed by the keys that a run had otherwise. Reward "
-           "queries are images scored, reward gradients those of them that were differentiated. "
-           "The two columns at the right read watched prompts, at the queries and the time that the "
-           "cheapest run of the table spent; empty where a run logged no curve that far. `update "
-           "MiB` is what XLA assigns one device for the compiled update, `peak MiB` what the whole "
-           "process took on a CPU.", ""]
+           "over prompts. A recipe is followed by the keys that a run had otherwise.", "",
+           "Reward queries are images scored, reward gradients those of them that were "
+           "differentiated. `s per update` is that of the seed least disturbed by other work on the "
+           "machine. `update MiB` is what XLA assigns one device for the compiled update, `peak "
+           "MiB` what the whole process took on a CPU. The columns at the right read watched "
+           "prompts, at the queries and the time that the cheapest run of the table spent; empty "
+           "where a run logged no curve that far.", ""]
   for number, task in enumerate(sorted({r["task"] for r in records}), 1):
     rows = [r for r in records if r["task"] == task]
     devices = ", ".join(sorted({r["device"] for r in rows}))
