@@ -45,7 +45,8 @@ SETS = (
     TaskSet("emoji", "rewards: nabla-GFlowNet, ReFL, DRaFT, AlignProp, DDPO (`:emoji_clip`), "
             "Diff-Instruct*", "emoji_clip", "emoji_rank", (None,)),
     TaskSet("emoji", "preferences: MaPO, Diffusion-DPO, SFT", "pairs", "emoji_twemoji"),
-    TaskSet("emoji_styles", "yes or no: DDPO, B2-DiffuRL; noise: DNO, best-of-N", "emoji_style", "emoji_styled", emoji.STYLES),
+    TaskSet("emoji_styles", "yes or no: DDPO, B2-DiffuRL; noise: DNO, best-of-N", "emoji_style",
+            "emoji_styled", emoji.STYLES),
 )
 
 
