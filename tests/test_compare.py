@@ -84,6 +84,14 @@ def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):
   assert compare.read_run(own)["recipe"] == "mine:emoji"
 
 
+def test_times_are_those_of_the_fastest_seed():
+  record = lambda recipe, seconds: {
+      "recipe": recipe, "seconds": 10 * seconds, "step_seconds": seconds,
+      "curve": [{"seconds": 5 * seconds, "queries": 1.0}, {"seconds": 10 * seconds, "queries": 2.0}]}
+  slow, fast, other = compare.undisturbed([record("a", 3.0), record("a", 2.0), record("b", 1.0)])
+  assert slow == fast == record("a", 2.0) and other == record("b", 1.0)
+
+
 def test_one_seed_has_its_error_over_prompts(tmp_path):
   record = compare.read_run(write_run(tmp_path / "run"))
   assert compare.change_of([record], "reward") == (0.1, 0.01)
