@@ -231,11 +231,11 @@ def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
            "Mean ± standard error over seeds; of a single seed, reward and judge have their error "
            "over prompts. A recipe is followed by the keys that a run had otherwise.", "",
            "Reward queries are images scored, reward gradients those of them that were "
-           "differentiated. Times are those of a recipe's fastest seed: what others took longer was "
-           "other work on the machine. `update MiB` is what XLA assigns one device for the compiled update, "
-           "`peak MiB` what the whole process took on a CPU. The columns at the right read watched "
-           "prompts, at the queries and the time that the cheapest run of the table spent; empty "
-           "where a run logged no curve that far.", ""]
+           "differentiated. Times are those of a recipe's fastest seed: what others took longer "
+           "was other work on the machine. `update MiB` is what XLA assigns one device for the "
+           "compiled update, `peak MiB` what the whole process took on a CPU. The columns at the "
+           "right read watched prompts, at the queries and the time that the cheapest run of the "
+           "table spent; empty where a run logged no curve that far.", ""]
   for number, task in enumerate(sorted({r["task"] for r in records}), 1):
     rows = [r for r in records if r["task"] == task]
     devices = ", ".join(sorted({r["device"] for r in rows}))

@@ -85,9 +85,10 @@ def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):
 
 
 def test_times_are_those_of_the_fastest_seed():
+  point = lambda step, seconds: {"seconds": step * seconds, "queries": step}
   record = lambda recipe, seconds: {
       "recipe": recipe, "seconds": 10 * seconds, "step_seconds": seconds,
-      "curve": [{"seconds": 5 * seconds, "queries": 1.0}, {"seconds": 10 * seconds, "queries": 2.0}]}
+      "curve": [point(5, seconds), point(10, seconds)]}
   slow, fast, other = compare.undisturbed([record("a", 3.0), record("a", 2.0), record("b", 1.0)])
   assert slow == fast == record("a", 2.0) and other == record("b", 1.0)
 

@@ -1,9 +1,10 @@
 """Rewards: what the images are scored by.
 
 Two kinds behind one seam. A `Reward` is a pure JAX function: it runs on the device beside the
-model and gives gradients. A `HostReward` is a black box on uint8 images that the loop runs in
-threads while the device goes on. `make_reward` builds either from the config: built-in names, the
-user's own `path/to/file.py:function`, or a weighted sum of them.
+model and gives gradients. A `HostReward` is a black box on uint8 images, for whose scores a
+training step waits; in optimisation at inference the device draws the next batch meanwhile.
+`make_reward` builds either from the config: built-in names, the user's own
+`path/to/file.py:function`, or a weighted sum of them.
 
 Other packages add rewards through the entry point group `jaxalign.rewards`; each entry point names
 a function without arguments that returns a `Reward` or a `HostReward`.
@@ -68,8 +69,7 @@ class HostReward:
 
   Attributes:
     name: what logs and messages call it.
-    score: `(images [B,H,W,3] uint8, list[str] of B prompts) -> [B]` np.float32. Called from
-      threads.
+    score: `(images [B,H,W,3] uint8, list[str] of B prompts) -> [B]` np.float32.
     range: values that `score` can take and their unit, in words.
     parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
   """
