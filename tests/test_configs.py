@@ -13,6 +13,7 @@ from jaxalign.configs_lib import default, parse, recipe_path, split_argument
 from jaxalign.errors import UserError
 from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
+from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
@@ -33,7 +34,12 @@ RECIPES = [
   *(f"dno:sd15,{name}" for name in DNO_PRESETS),
   *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft")
     for size in ("emoji", "smoke", "sd15", "sdxl")),
-  *(f"mapo:emoji,{name}" for name in MAPO_PRESETS)]
+  *(f"mapo:emoji,{name}" for name in MAPO_PRESETS),
+  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft") for size in configs_lib.MISMATCH),
+  *(f"{name}:{size}" for name in ("diff_instruct_star", "diff_instruct_pp")
+    for size in ("emoji", "smoke", "sdxl")),
+  *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
+  "distill_emoji_onestep:emoji", "distill_emoji_onestep:smoke"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -244,7 +244,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   def train_assistant(state, frozen, batch, key):
     """One step of the assistant on fresh samples of the generator."""
     ids, conditioning = batch["sample_ids"], batch["conditioning"]
-    z = rng.normal_per_sample(rng.per_sample(key, ids), models.latent_shape, 0)
+    z = sampler.input_scale * rng.normal_per_sample(rng.per_sample(key, ids), models.latent_shape, 0)
     x_0 = jax.lax.stop_gradient(generate(state["policy"], frozen, z, conditioning))
     t, point = draw(key, ids)
     x_t = schedule.add_noise(x_0, point.noise, t)

@@ -2,9 +2,9 @@
 noise.
 
 Everything that T sampler steps consume is one array `[B, 1+T, h, w, c]`, standard normal under the
-prior: entry 0 is `x_0`, where sampling starts, entry k+1 is what transition k injects. `M(z)` is
-the image that the sampler makes of it. A method may change some of its vectors, and then asks how
-far the result is from anything that N(0, I) would give.
+prior: entry 0 is `x_0`, where sampling starts, over `Sampler.input_scale`; entry k+1 is what
+transition k injects. `M(z)` is the image that the sampler makes of it. A method may change some of
+its vectors, and then asks how far the result is from anything that N(0, I) would give.
 
 `prno`: Tang et al. 2024 (Direct Noise Optimization); `norm`: Samuel et al. 2023, as in ReNO
 (Eyring et al. 2024); `spectrum`: Whittle's likelihood. Implemented from the papers.
@@ -48,8 +48,8 @@ def generate(models: Models, frozen, noise, conditioning, *, remat: str = "full"
   """
   eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
   latents, _ = differentiable_rollout(
-      eps_fn, models.combine(None, frozen["base"]), models.sampler, conditioning, noise[:, 0],
-      jnp.moveaxis(noise[:, 1:], 1, 0), remat=remat)
+      eps_fn, models.combine(None, frozen["base"]), models.sampler, conditioning,
+      models.sampler.input_scale * noise[:, 0], jnp.moveaxis(noise[:, 1:], 1, 0), remat=remat)
   decode = models.decode if clamp else models.decode_unclamped
   return decode(frozen["decoder"], latents)
 

@@ -9,10 +9,17 @@ from jaxalign.sampling.rollout import (
     step_noise,
     transition,
 )
-from jaxalign.sampling.schedule import ONE_STEP_KEY, Sampler, Schedule, expand, make_sampler
+from jaxalign.sampling.schedule import (
+    ONE_STEP_KEY,
+    ONE_STEP_SCALE_KEY,
+    Sampler,
+    Schedule,
+    expand,
+    make_sampler,
+)
 
 __all__ = [
-    "ONE_STEP_KEY", "Conditioning", "Guided", "Sampler", "Schedule", "Trajectory",
-    "differentiable_rollout", "expand", "guided", "guided_eps", "initial_noise", "make_sampler",
-    "replay", "rollout", "step_noise", "transition",
+    "ONE_STEP_KEY", "ONE_STEP_SCALE_KEY", "Conditioning", "Guided", "Sampler", "Schedule",
+    "Trajectory", "differentiable_rollout", "expand", "guided", "guided_eps", "initial_noise",
+    "make_sampler", "replay", "rollout", "step_noise", "transition",
 ]

@@ -72,14 +72,15 @@ def rollout(eps_fn, params, sampler: Sampler, conditioning, key, sample_ids, lat
   Args:
     eps_fn: `(params, x_t, t, conditioning) -> eps`, guidance included.
     key, sample_ids: noise is drawn from these unless given.
-    x_init: `[B, *latent_shape]` latents at index `start`; drawn from N(0, I) if None.
+    x_init: `[B, *latent_shape]` latents at index `start`; if None drawn from N(0, I), times the
+      sampler's `input_scale`.
     noise: `[T, B, *latent_shape]` injected noise; drawn per step if None.
     start, stop: first step and one past the last; all steps by default.
   """
   steps, batch = sampler.steps, sample_ids.shape[0]
   stop = steps if stop is None else stop
   if x_init is None:
-    x_init = initial_noise(key, sample_ids, latent_shape)
+    x_init = sampler.input_scale * initial_noise(key, sample_ids, latent_shape)
   shape = (batch,) + tuple(latent_shape)
   before = (jnp.arange(steps + 1) <= start)[(slice(None),) + (None,) * len(shape)]
   empty = Trajectory(

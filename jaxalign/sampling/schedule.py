@@ -15,7 +15,8 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 KINDS = ("ddim", "ddpm", "one_step")
 SPACINGS = ("leading", "trailing", "linspace")
 FINALS = ("alpha0", "one")
-ONE_STEP_KEY = "one_step_timestep"     # in scheduler_config.json, of one-step generators
+# In scheduler_config.json, of one-step generators: `Schedule.one_step` and `one_step_scale`.
+ONE_STEP_KEY, ONE_STEP_SCALE_KEY = "one_step_timestep", "one_step_input_scale"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,8 +27,9 @@ class Schedule:
     alphas_cumprod: `[T_train]` f64, decreasing, in (0, 1).
     prediction: "epsilon", "sample" (x_0) or "v_prediction".
     steps_offset, spacing, final: the checkpoint's own sampling conventions, see `make_sampler`.
-    one_step: training timestep at which a one-step generator is told that its input, noise of unit
-      variance, lies; None for multi-step models.
+    one_step: training timestep at which a one-step generator is told that its input lies; None for
+      multi-step models.
+    one_step_scale: standard deviation of that input: 1 for DMD2, `sqrt(1 - abar)` for SiD-LSG.
   """
   alphas_cumprod: np.ndarray
   prediction: str = "epsilon"
@@ -35,6 +37,7 @@ class Schedule:
   spacing: str = "leading"
   final: str = "alpha0"
   one_step: int | None = None
+  one_step_scale: float = 1.0
 
   @classmethod
   def from_config(cls, config: dict) -> "Schedule":
@@ -59,10 +62,14 @@ class Schedule:
     if prediction not in PREDICTIONS:
       raise UserError(f"scheduler_config.json: prediction_type={prediction!r} is not one of "
                       f"{PREDICTIONS}")
+    scale = config.get(ONE_STEP_SCALE_KEY, 1.0)
+    if type(scale) not in (int, float) or not 0 < scale < np.inf:
+      raise UserError(f"scheduler_config.json: {ONE_STEP_SCALE_KEY}={scale!r} is not a number above "
+                      "0")
     return cls(np.cumprod(1 - betas), prediction, int(config.get("steps_offset", 0)),
                config.get("timestep_spacing", "leading"),
                "one" if config.get("set_alpha_to_one", True) else "alpha0",
-               config.get(ONE_STEP_KEY))
+               config.get(ONE_STEP_KEY), float(scale))
 
   def abar(self, t):
     """`alpha_bar_t` f32 for integer timesteps `t` of any shape."""
@@ -111,6 +118,7 @@ class Sampler:
     x_coef, eps_coef, std: `a_k`, `b_k` and the standard deviation (0 where deterministic).
     lam: `b_k / std_k^2`, so that `grad log(P_theta / P_ref) = -lam_k (eps_theta - eps_ref)`
       (infinite where deterministic).
+    input_scale: standard deviation of `x_0`, where sampling starts.
   """
   timesteps: np.ndarray
   next_timesteps: np.ndarray
@@ -120,6 +128,7 @@ class Sampler:
   eps_coef: np.ndarray
   std: np.ndarray
   lam: np.ndarray
+  input_scale: float = 1.0
 
   @property
   def steps(self) -> int:
@@ -215,7 +224,7 @@ def make_sampler(schedule: Schedule, steps: int, *, kind: str = "ddim", eta: flo
 
 
 def _one_step(schedule: Schedule, steps: int, timestep: int) -> Sampler:
-  """`x_1 = (z - sqrt(1 - abar) eps(z, t)) / sqrt(abar)` from noise z of unit variance."""
+  """`x_1 = (x_0 - sqrt(1 - abar) eps(x_0, t)) / sqrt(abar)` from `x_0`, noise times its scale."""
   total, timestep = len(schedule.alphas_cumprod), timestep or schedule.one_step or 0
   if not 0 < timestep < total:
     raise UserError(f"sample.timestep={timestep} is outside 1..{total - 1}, and the checkpoint "
@@ -225,7 +234,8 @@ def _one_step(schedule: Schedule, steps: int, timestep: int) -> Sampler:
   one = lambda value: np.asarray([value], np.float64)
   abar = schedule.alphas_cumprod[timestep]
   return Sampler(np.asarray([timestep], np.int32), np.zeros(1, np.int32), one(abar), one(1.0),
-                 one(abar ** -0.5), one(np.sqrt((1 - abar) / abar)), one(0.0), one(np.inf))
+                 one(abar ** -0.5), one(np.sqrt((1 - abar) / abar)), one(0.0), one(np.inf),
+                 schedule.one_step_scale)
 
 
 def expand(values, like):

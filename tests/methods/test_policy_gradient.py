@@ -439,6 +439,31 @@ def test_why_the_noise_is_recorded():
     assert moved.std() == pytest.approx(error, rel=0.4)
 
 
+def test_what_is_recorded_is_f32_whatever_the_network_computes_in():
+  """Under a bfloat16 denoiser latents and noise are unrounded, and make the next latent.
+
+  One in 2^16 normal f32 numbers is one of bfloat16 too.
+  """
+  data = analytic.Mixture(np.ones(1), np.asarray([[0.7] * 64]), np.asarray([0.25]))
+  models = analytic.make_models(data, analytic.linear_reward([1.0] * 64), steps=20)
+  denoise = models.denoise
+  models = dataclasses.replace(models, denoise=lambda v, x, t, c: denoise(
+      v, x.astype(jnp.bfloat16).astype(jnp.float32), t, c).astype(jnp.bfloat16))
+  _, _, experience, *_ = first_update(models, unbiased(), lambda x: x.sum(-1), 8)
+  for name in ("latents", "noise", "eps", "final"):
+    assert experience[name].dtype == jnp.float32
+  rounded = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32) == a
+  assert rounded(experience["eps"]).all()                     # the network's own, and no worse
+  for name in ("latents", "noise", "final"):
+    assert rounded(experience[name]).mean() < 1e-2
+  sampler, k = models.sampler, jnp.arange(20)
+  x, noise, eps = (jnp.moveaxis(experience[name], 1, 0) for name in ("latents", "noise", "eps"))
+  after = jnp.concatenate([x[1:], experience["final"][None]])
+  np.testing.assert_allclose(
+      after, jax.vmap(sampler.mean)(k, x, eps) + sampler.at("std", k)[:, None, None] * noise,
+      rtol=1e-6, atol=1e-6)
+
+
 def test_mean_ratio_is_below_one():
   """T11: log rho has mean -m / 2 and variance m / D."""
   n, d, k = 100_000, 16, 5

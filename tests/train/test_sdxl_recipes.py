@@ -11,7 +11,8 @@ from jaxalign.train import dry_run
 from jaxalign.train.experiment import build
 
 RECIPES = ("nabla_gfn", "mapo", *(pytest.param(name, marks=pytest.mark.slow)
-                                  for name in ("diffusion_dpo", "draft", "ddpo", "dno")))
+                                  for name in ("diffusion_dpo", "draft", "ddpo", "dno",
+                                               "diff_instruct_star")))
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,8 @@ def folder(tmp_path_factory):
 def config(name, folder, **sizes):
   config = runs.recipe("sdxl", name)
   config.model.path, config.mesh.data = str(folder), 1
+  if name == "diff_instruct_star":
+    config.model.teacher, config.model.unet = str(folder), str(folder / "unet")
   config.sample.update(sizes)
   return configs_lib.parse(config)
 
