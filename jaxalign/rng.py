@@ -11,12 +11,11 @@ import jax.numpy as jnp
 
 # Every purpose has a name of its own; a test asserts that no two hash alike.
 INIT = "init"              # initial trainable parameters
-PROMPTS = "prompts"        # which prompts a training step draws
 ROLLOUT = "rollout"        # initial and per-step noise of training rollouts
 UPDATE = "update"          # randomness inside a method's update
 EVAL = "eval"              # noise of evaluation samples, the same at every step
 EVAL_FLOOR = "eval_floor"  # a second, independent evaluation draw (floor of the Frechet distance)
-STREAMS = (INIT, PROMPTS, ROLLOUT, UPDATE, EVAL, EVAL_FLOOR)
+STREAMS = (INIT, ROLLOUT, UPDATE, EVAL, EVAL_FLOOR)
 
 
 def stream(root, name: str, step=0):

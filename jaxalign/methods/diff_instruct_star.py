@@ -33,7 +33,7 @@ from jaxalign.errors import UserError
 from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
 from jaxalign.methods import Method, Models
 from jaxalign.methods.optimizer import OptimConfig, ema_update, make_optimizer
-from jaxalign.sampling import guided, rollout
+from jaxalign.sampling import guided, initial_noise, rollout
 from jaxalign.sampling.schedule import expand
 
 
@@ -190,9 +190,9 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     raise UserError("method.name: diff_instruct_star trains one-step generators; sample.kind is "
                     "'one_step' for them")
   if models.base_is_generator and "teacher" not in models.frozen:
-    raise UserError("model.teacher is empty, and the model itself, a one-step generator or one with "
-                    "the weights of model.unet, cannot be its own teacher: name the multi-step "
-                    "model that it was distilled from")
+    raise UserError("model.teacher is empty, and the model itself, a one-step generator or one "
+                    "with the weights of model.unet, cannot be its own teacher: name the "
+                    "multi-step model that it was distilled from")
   if cfg.reward and models.score is None:
     raise UserError("method.name: diff_instruct_star needs reward gradients, and reward.names "
                     "holds a black-box reward; choose differentiable rewards")
@@ -244,7 +244,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   def train_assistant(state, frozen, batch, key):
     """One step of the assistant on fresh samples of the generator."""
     ids, conditioning = batch["sample_ids"], batch["conditioning"]
-    z = sampler.input_scale * rng.normal_per_sample(rng.per_sample(key, ids), models.latent_shape, 0)
+    z = sampler.input_scale * initial_noise(key, ids, models.latent_shape)
     x_0 = jax.lax.stop_gradient(generate(state["policy"], frozen, z, conditioning))
     t, point = draw(key, ids)
     x_t = schedule.add_noise(x_0, point.noise, t)

@@ -112,8 +112,7 @@ class Config:
       raise UserError("method.reward_grad='final_latent' has no flow net: set method.flow=False")
 
 
-# What the published code and paper do where our defaults differ; `configs_lib` applies them by
-# name.
+# What the published code and paper do where our defaults differ; arguments of the recipe.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(flow=True, reverse="sampled", weighting="score", perturbations=3, perturb_std=0.1,
                   gamma="abar", x0_net="theta", prox=2000.0, replay_lag=1, beta_unit="raw",

@@ -4,7 +4,6 @@ Pass the tree as the `"lora"` collection, `model.apply({"params": p, "lora": tre
 `merge` it into the parameters. The scale alpha / rank of other libraries is part of the factors
 here, that is alpha == rank.
 """
-import math
 import re
 import zlib
 
@@ -68,8 +67,3 @@ def merge(params, lora):
     flat[kernel] = flat[kernel] + jnp.einsum("...ir,ro->...io", factors[f"{path}/a"],
                                              factors[f"{path}/b"], precision="highest")
   return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def count(tree) -> int:
-  """Number of scalars in a tree of arrays or `jax.ShapeDtypeStruct`."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -64,8 +64,8 @@ class Schedule:
                       f"{PREDICTIONS}")
     scale = config.get(ONE_STEP_SCALE_KEY, 1.0)
     if type(scale) not in (int, float) or not 0 < scale < np.inf:
-      raise UserError(f"scheduler_config.json: {ONE_STEP_SCALE_KEY}={scale!r} is not a number above "
-                      "0")
+      raise UserError(f"scheduler_config.json: {ONE_STEP_SCALE_KEY}={scale!r} is not a number "
+                      "above 0")
     return cls(np.cumprod(1 - betas), prediction, int(config.get("steps_offset", 0)),
                config.get("timestep_spacing", "leading"),
                "one" if config.get("set_alpha_to_one", True) else "alpha0",
