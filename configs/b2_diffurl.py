@@ -2,7 +2,7 @@
 
   python -m jaxalign.launch --config=configs/b2_diffurl.py
   python -m jaxalign.launch --config=configs/b2_diffurl.py:sd15 --config.model.path=DIR \\
-      --config.reward.names="('my_reward.py:clip_score',)"
+      --config.reward.names="('clip_score:DIR',)"
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, yes/no reward emoji_styled (default), see docs/results.md
