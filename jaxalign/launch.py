@@ -7,7 +7,7 @@ import sys
 
 from ml_collections import config_flags
 
-from jaxalign import configs_lib, train
+from jaxalign import configs_lib, processes, train
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
 
@@ -31,7 +31,8 @@ def main(argv) -> None:
   cfg = configs_lib.parse(_CONFIG.value)
   if _DRY_RUN.value:
     from jaxalign.train.dry_run import describe
-    print(describe(cfg))
+    train.start_devices(cfg)           # as the run does: the mesh is to be its own
+    processes.say(describe(cfg))
     return
   if _PLAN.value:
     from jaxalign.train.plan import plan

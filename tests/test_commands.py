@@ -100,7 +100,7 @@ def test_launch_says_finished(command):
 def test_dry_run(command, tmp_path):
   status, out, _ = command("launch", *launch_args("--dry_run", f"--workdir={tmp_path / 'run'}"))
   assert status == 0
-  for part in ('"lora_rank": 4', "policy (trained)", "8,192 parameters", "to_q/kernel", "GFLOP"):
+  for part in ('"lora_rank": 4', "policy (trained)", " 8,192 ", "to_q/kernel", "GFLOP"):
     assert part in out
   assert not (tmp_path / "run").exists()
 

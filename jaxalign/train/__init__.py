@@ -9,6 +9,22 @@ from jaxalign.errors import UserError
 from jaxalign.methods import AT_INFERENCE
 
 
+def start_devices(cfg: Config, devices=None) -> None:
+  """Joins the other processes of a run, and makes its devices where that is to be done.
+
+  To be called before anything runs on a device.
+
+  Args:
+    devices: those of the run, if somebody else has chosen them.
+  Raises:
+    UserError: see `processes.start`.
+  """
+  processes.start()
+  if (devices is None and not processes.several() and cfg.mesh.data == -1
+      and cfg.mesh.fsdp == cfg.mesh.tensor == 1):
+    sharding.use_cores(cfg.check_devices)
+
+
 def run(cfg: Config, path, devices=None) -> dict:
   """Runs, or continues, `cfg` in the folder `path`; returns the summary.
 
@@ -18,10 +34,7 @@ def run(cfg: Config, path, devices=None) -> dict:
   """
   # Both import from this package.
   from jaxalign.train import inference, loop
-  processes.start()
-  if (devices is None and not processes.several() and cfg.mesh.data == -1
-      and cfg.mesh.fsdp == cfg.mesh.tensor == 1):
-    sharding.use_cores(cfg.check_devices)
+  start_devices(cfg, devices)
   jax.config.update("jax_threefry_partitionable", True)
   module = inference if cfg.method_name in AT_INFERENCE else loop
   try:

@@ -98,7 +98,7 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
-  outline = isinstance(jax.tree.leaves(pipeline.params["unet"])[0], jax.ShapeDtypeStruct)
+  outline = _is_outline(pipeline)
   put = placed_shapes if outline else processes.put
   encode = pipeline.encode_prompts
   encode = functools.partial(jax.eval_shape, encode) if outline else jax.jit(encode)
@@ -135,7 +135,7 @@ def stored(params, dtype: str):
   half of the memory for bfloat16. Biases and norms, which are used in f32, stay.
   """
   def store(a):
-    if a.ndim < 2:
+    if a.ndim < 2 or a.dtype == jnp.dtype(dtype):          # numpy would copy it all the same
       return a
     if isinstance(a, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype))
@@ -224,14 +224,25 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward,
       frozen=frozen)
 
 
+def _is_outline(pipeline: Pipeline) -> bool:
+  """Whether its parameters are shapes."""
+  return isinstance(jax.tree.leaves(pipeline.params["unet"])[0], jax.ShapeDtypeStruct)
+
+
 def _teacher(path: str, pipeline: Pipeline):
-  """UNet parameters of another model with the same architecture and text encoder."""
-  other = open_pipeline(path)
+  """UNet parameters of another model with the same architecture and text encoder.
+
+  Shapes, where `pipeline` has those.
+  """
+  outline = _is_outline(pipeline)
+  other = open_pipeline(path, shapes_only=outline)
   shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
   if shapes(other.params["unet"]) != shapes(pipeline.params["unet"]):
     raise UserError(f"model.teacher={path}: its UNet has another architecture than model.path")
-  if shapes(other.text_params) != shapes(pipeline.text_params) or not all(jax.tree.leaves(
-      jax.tree.map(np.array_equal, other.text_params, pipeline.text_params))):
+  same = shapes(other.text_params) == shapes(pipeline.text_params) and (
+      outline or all(jax.tree.leaves(
+          jax.tree.map(np.array_equal, other.text_params, pipeline.text_params))))
+  if not same:
     raise UserError(f"model.teacher={path}: its text encoder differs from that of model.path")
   return other.params["unet"]
 

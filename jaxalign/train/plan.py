@@ -19,7 +19,7 @@ from jaxalign import methods, processes, sharding
 from jaxalign.configs_lib import Config
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
-from jaxalign.train.experiment import Experiment, build, open_pipeline
+from jaxalign.train.experiment import Experiment, build, open_pipeline, read_prompts
 from jaxalign.train.loop import Programs
 from jaxalign.train.pairs import PairTable
 
@@ -94,8 +94,10 @@ def plan(cfg: Config, target: str, thorough: bool = False) -> str:
                                           shapes_only=True))
   method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
   pairs = PairShapes(exp) if cfg.reads_pairs else None
-  programs = Programs(exp, method, pairs.shared if pairs else table_shapes(exp),
-                      jax.random.key(cfg.seed), pairs)
+  # The run's own prompts: a reward may take no others.
+  shared = pairs.shared if pairs else table_shapes(
+      exp, read_prompts("data.prompts", cfg.data.prompts))
+  programs = Programs(exp, method, shared, jax.random.key(cfg.seed), pairs)
   state = programs.state_shapes()
   needs = {}
   with processes.progress(total=2, desc="tracing", unit="program", leave=False) as bar:
@@ -134,12 +136,11 @@ def find_chips(target: str):
   return CHIPS[kind], devices
 
 
-def table_shapes(exp: Experiment, prompts: int = 64) -> dict:
-  """A prompt table of so many prompts, as shapes where it holds embeddings."""
-  texts = ["a cat on a red background"] * prompts
-  prepared = exp.reward.prepare(texts) if isinstance(exp.reward, Reward) else {}
-  return {"cond": embedded(exp, prompts), "uncond": embedded(exp, 1), "prepared": prepared,
-          "judge": exp.judge.prepare(texts)}
+def table_shapes(exp: Experiment, prompts: list[str]) -> dict:
+  """`Experiment.prompt_table` with shapes where that holds embeddings."""
+  prepared = exp.reward.prepare(prompts) if isinstance(exp.reward, Reward) else {}
+  return {"cond": embedded(exp, len(prompts)), "uncond": embedded(exp, 1), "prepared": prepared,
+          "judge": exp.judge.prepare(prompts)}
 
 
 def embedded(exp: Experiment, prompts: int):

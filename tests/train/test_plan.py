@@ -11,7 +11,7 @@ import runs
 from jaxalign.configs_lib import load_recipe, parse
 from jaxalign.errors import UserError
 from jaxalign.train import plan
-from jaxalign.train.experiment import open_pipeline
+from jaxalign.train.experiment import build, open_pipeline, read_prompts
 
 HLO = """
 HloModule m
@@ -88,6 +88,40 @@ def test_gpu_of_a_given_size():
           if line.startswith(("collect", "update"))}
   assert rows.keys() == {"collect", "update"}
   assert all(float(row[6]) > 0 for row in rows.values())         # GFLOP
+
+
+def outline(recipe, **overrides):
+  config = load_recipe(f"jaxalign:{recipe}")
+  for path, value in overrides.items():
+    group, _, key = path.partition("__")
+    config[group][key] = value
+  cfg = parse(config)
+  return build(cfg, jax.devices()[:1], open_pipeline(cfg.model.path, shapes_only=True))
+
+
+def test_a_teacher_is_planned_from_shapes():
+  exp = outline("diff_instruct_star:emoji")
+  assert exp.config.model.teacher
+  leaves = jax.tree.leaves(exp.frozen["teacher"])
+  assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+  with pytest.raises(UserError, match="model.teacher=jaxalign:sd15: .* another architecture"):
+    outline("diff_instruct_star:emoji", model__teacher="jaxalign:sd15")
+
+
+def test_rewards_are_planned_on_prompts_that_they_take():
+  exp = outline("ddpo:emoji")
+  prompts = read_prompts("data.prompts", exp.config.data.prompts)
+  table = plan.table_shapes(exp, prompts)
+  assert table["prepared"]["emoji_styled/other"].shape[0] == len(prompts)
+  assert table["cond"]["text"].shape[0] == len(prompts)
+  with pytest.raises(UserError, match="end in a style"):
+    plan.table_shapes(exp, ["a cat on a red background"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["diff_instruct_star:emoji", "ddpo:emoji"])
+def test_recipes_that_need_more_than_weights(recipe):
+  assert "Fits" in plan.plan(parse(load_recipe(f"jaxalign:{recipe}")), "gpu:80")
 
 
 def need(arguments, temporary):
