@@ -53,6 +53,8 @@ class ModelConfig:
 
   def __post_init__(self):
     check("model", self)
+    if self.adapter == "lora" and not self.lora_targets:
+      raise UserError("model.lora_targets is empty, so model.adapter='lora' would train nothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,8 +383,14 @@ def parse(config: ml_collections.ConfigDict | dict) -> Config:
   method = dict(tree["method"])
   name = method.pop("name", None)
   groups = {key: build_group(cls, key, tree[key]) for key, cls in GROUPS.items()}
-  return Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
-                method=build_group(methods.load(name).Config, "method", method), **groups)
+  config = Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
+                  method=build_group(methods.load(name).Config, "method", method), **groups)
+  # Not of every `Config`: `jaxalign.evaluate` optimises nothing, and may report any reward.
+  judge = config.eval.judge
+  if judge in config.reward.names and not config.reads_pairs:
+    raise UserError(f"reward.names has {judge!r}, the judge (eval.judge), which must never be "
+                    "optimised: name another judge")
+  return config
 
 
 def recipe_path(name: str) -> str:
@@ -402,9 +410,11 @@ def recipe_path(name: str) -> str:
 
 
 def check_seed(seed) -> None:
-  """Raises UserError unless the config key `seed` is an int."""
+  """Raises UserError unless the config key `seed` is an int in [0, 2**32)."""
   if type(seed) is not int:
     raise UserError(f"config key seed={seed!r} is of type {type(seed).__name__}, not int")
+  if not 0 <= seed < 2 ** 32:                  # JAX takes 32 bits and drops the others unsaid
+    raise UserError(f"seed={seed} is outside [0, 2**32)")
 
 
 def load_recipe(name: str) -> ml_collections.ConfigDict:

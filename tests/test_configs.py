@@ -135,6 +135,9 @@ def changed(path, value):
     ("train.keep_best", 1, r"train\.keep_best=1 is of type int, not bool"),
     ("optim.lr", "1e-3", r"optim\.lr='1e-3' is of type str, not float"),
     ("seed", "0", "config key seed=.0. is of type str"),
+    ("seed", -1, r"seed=-1 is outside \[0, 2\*\*32\)"),
+    ("seed", 2 ** 32, r"seed=4294967296 is outside"),
+    ("reward.names", ("emoji_judge",), r"reward\.names has 'emoji_judge', the judge \(eval\.judge"),
     ("reward.names", "brightness", r"reward\.names='brightness' is of type str"),
     ("reward.weights", ("1",), r"reward\.weights\[0\]='1' is of type str, not float"),
     ("reward.names", (), r"reward\.names is empty"),
@@ -147,6 +150,7 @@ def changed(path, value):
     ("model.adapter", "dora", r"model\.adapter='dora' is not one of"),
     ("model.dtype", "float16", r"model\.dtype='float16' is not one of"),
     ("model.lora_rank", 0, r"model\.lora_rank=0 is below 1"),
+    ("model.lora_targets", (), r"model\.lora_targets is empty"),
     ("model.lora_targets", ("atention",), r"model\.lora_targets\[0\]='atention' is not one of"),
     ("sample.batch", 0, r"sample\.batch=0 is below 1"),
     ("sample.guidance", -1.0, r"sample\.guidance=-1\.0 is below 0"),
@@ -188,6 +192,18 @@ def test_batch_algebra_over_devices():
   parts = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accumulate=4))
   with pytest.raises(UserError, match=r"sample\.batch=16 in 4 parts .* 4 trajectories for 8 "):
     parts.check_devices(8)
+
+
+def test_the_judge_may_measure_what_pairs_teach():
+  config = default("mapo").unlock()
+  config.data.pairs, config.reward.names = "jaxalign:fixture", ("emoji_judge",)
+  assert parse(config).reward.names == ("emoji_judge",)
+
+
+def test_full_fine_tuning_needs_no_targets():
+  config = default("nabla_gfn").unlock()
+  config.model.adapter, config.model.lora_targets = "full", ()
+  assert parse(config).trains_all
 
 
 def test_shipped_recipes_by_name():
