@@ -26,6 +26,7 @@ from jaxalign.methods.preference import (
     mapo_loss,
     phi,
 )
+from jaxalign.sampling import Schedule
 from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing import analytic
 
@@ -35,13 +36,17 @@ ONE = jnp.ones(1)
 DATA = analytic.Mixture(np.ones(1), np.zeros((1, 1)), np.ones(1))
 
 
-def world():
+LINEAR = Schedule(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))        # of DDPM
+
+
+def world(schedule=analytic.SD_SCHEDULE):
   """Models of N(0, 1) whose policy `{"delta": []}` is its mean."""
   def apply(params, x, t, cond):
-    abar = analytic.SD_SCHEDULE.abar(jnp.broadcast_to(t, x.shape[:1]))
+    abar = schedule.abar(jnp.broadcast_to(t, x.shape[:1]))
     return -params["delta"] * jnp.sqrt(abar * (1 - abar))[:, None]
   policy = FlowNet(lambda key: {"delta": jnp.zeros(())}, apply)
-  return analytic.make_models(DATA, analytic.linear_reward([1.0]), steps=4, policy=policy)
+  return analytic.make_models(DATA, analytic.linear_reward([1.0]), steps=4, policy=policy,
+                              schedule=schedule)
 
 
 # ---- the link -----------------------------------------------------------------------------------
@@ -181,8 +186,8 @@ def stationary(total, low, high):
   return (low + high) / 2
 
 
-def dpo_optimum(a, latents, noise, t, weights):
-  models = world()
+def dpo_optimum(a, latents, noise, t, weights, schedule=analytic.SD_SCHEDULE):
+  models = world(schedule)
   rows = {"latents": jnp.asarray(latents, jnp.float32)[..., None], "t": jnp.asarray(t),
           "noise": jnp.asarray(noise, jnp.float32)[..., None], "cond": {}}
   label = jax.nn.sigmoid(a * (rows["latents"][:, 0, 0] - rows["latents"][:, 1, 0]))
@@ -195,17 +200,35 @@ def dpo_optimum(a, latents, noise, t, weights):
       weights * each(errors({"delta": delta}), errors(None), label)).sum(), 0.0, 40.0)
 
 
-@pytest.mark.parametrize("a, expected", [(0.25, 1.375729), (0.5, 2.818956), (1.0, 6.016388),
-                                         (2.0, 13.771648)])
-def test_dpo_optimum_with_shared_noise(a, expected):
-  """beta delta* of the population, by quadrature over x_w - x_l and every second timestep."""
+def shared_noise_optimum(a, t, schedule):
+  """beta delta* of the population with uniform `t`, by quadrature over x_w - x_l."""
   gap, weight = normal_nodes(40)
   gap = math.sqrt(2) * gap
-  t = np.arange(0, 1000, 2)
   latents = np.stack([gap, -gap], 1) / 2
-  found = dpo_optimum(a, np.tile(latents, (len(t), 1)), np.full((len(t) * 40, 1), 0.3),
-                      np.repeat(t, 40), np.tile(weight, len(t)) / len(t))
+  return dpo_optimum(a, np.tile(latents, (len(t), 1)), np.full((len(t) * 40, 1), 0.3),
+                     np.repeat(t, 40), np.tile(weight, len(t)) / len(t), schedule)
+
+
+@pytest.mark.parametrize("schedule, a, expected", [
+    *((analytic.SD_SCHEDULE, a, value) for a, value in (
+        (0.25, 1.375729), (0.5, 2.818956), (1.0, 6.016388), (2.0, 13.771648))),
+    *((LINEAR, a, value) for a, value in (
+        (0.25, 1.412879), (0.5, 2.906579), (1.0, 6.277679), (2.0, 14.826291)))])
+def test_dpo_optimum_with_shared_noise(schedule, a, expected):
+  """On every second timestep."""
+  found = shared_noise_optimum(a, np.arange(0, 1000, 2), schedule)
   assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_dpo_optimum_at_one_timestep_and_for_weak_rewards():
+  """`a / c^2` at a single t, which is 4a near abar = 1/2; `a E c^2 / E c^4` for small a."""
+  abar = analytic.SD_SCHEDULE.alphas_cumprod
+  t = int(np.abs(abar - 0.5).argmin())
+  found = shared_noise_optimum(1.0, np.asarray([t]), analytic.SD_SCHEDULE)
+  assert found == pytest.approx(1 / (abar[t] * (1 - abar[t])), rel=1e-4)
+  assert found == pytest.approx(4.0, rel=1e-4)
+  weak = shared_noise_optimum(0.01, np.arange(0, 1000, 2), analytic.SD_SCHEDULE)
+  assert weak == pytest.approx(0.05449, rel=2e-3)
 
 
 def test_dpo_optimum_with_independent_noise():
@@ -221,7 +244,7 @@ def test_dpo_optimum_with_independent_noise():
 
 
 def test_order_of_methods_without_a_reference():
-  """Stationary means for a = 1: SFT 0.367, power 8 0.396, code 1.095 (Monte Carlo, 0.005 each).
+  """Stationary means for a = 1, to 0.005: SFT 0.367, power 0.396, scaled 0.457, code 1.095.
 
   Here 2e5 pairs with exact label probabilities; standard error about 0.003, for code 0.01.
   """
@@ -236,11 +259,13 @@ def test_order_of_methods_without_a_reference():
       errors(delta)[:, 0], errors(delta)[:, 1], label, cfg=cfg)[0], 0.0, 2.0)
   sft = mapo(dataclasses.replace(CODE, weight=0.0))
   power = mapo(MaPOConfig(**PRESETS["paper_power"]))
+  scaled = mapo(MaPOConfig(**PRESETS["paper_scaled"]))
   code = mapo(CODE)
   assert sft == pytest.approx(0.367, abs=0.015)
   assert power == pytest.approx(0.396, abs=0.015)
+  assert scaled == pytest.approx(0.457, abs=0.015)
   assert code == pytest.approx(1.095, abs=0.05)
-  assert sft < power < code
+  assert sft < power < scaled < code
 
 
 # ---- what a batch becomes -----------------------------------------------------------------------
