@@ -14,6 +14,7 @@ import runs
 from PIL import Image
 
 from jaxalign.convert import load_pipeline
+from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main
 from jaxalign.export import main as export_main
 from jaxalign.models.vae import decode_images
@@ -309,9 +310,36 @@ def test_unfinished_run_gives_its_latest_checkpoint(tmp_path, tuned):
   leaves = zip(*(jax.tree.leaves(p.params["unet"]) for p in (load_tuned(path), tuned)))
   assert all((a == b).all() for a, b in leaves)
   shutil.rmtree(path / "checkpoints")
-  from jaxalign.errors import UserError
   with pytest.raises(UserError, match="no checkpoint yet"):
     load_tuned(path)
+
+
+def test_a_run_that_goes_on_gives_its_latest_checkpoint(tmp_path, tuned):
+  """Its summary and its export are those of the steps before."""
+  path = shutil.copytree(runs.finished(), tmp_path / "run")
+  summary = json.loads((path / "summary.json").read_text())
+  (path / "summary.json").write_text(json.dumps({**summary, "steps": 2, "exported_step": 2}))
+  shutil.rmtree(path / "export")
+  leaves = zip(*(jax.tree.leaves(p.params["unet"]) for p in (load_tuned(path), tuned)))
+  assert all((a == b).all() for a, b in leaves)
+  half = load_tuned(path, "bfloat16")
+  assert half.unet.dtype == half.vae.dtype == jnp.bfloat16
+  leaves = zip(*(jax.tree.leaves(p.params["unet"]) for p in (half, tuned)))
+  assert all((a == b).all() for a, b in leaves)                         # weights stay f32
+  (path / "summary.json").write_text("{}")
+  with pytest.raises(UserError, match="summary.json: not the summary of a run"):
+    load_tuned(path)
+
+
+def test_an_export_computes_in_the_dtype_of_its_run(tmp_path, tuned):
+  assert tuned.unet.dtype == jnp.float32
+  path = shutil.copytree(runs.finished(), tmp_path / "run")
+  record = json.loads((path / "config.json").read_text())
+  record["config"]["model"]["dtype"] = "bfloat16"
+  (path / "config.json").write_text(json.dumps(record))
+  dtypes = [load_tuned(*args).unet.dtype for args in (
+      (path,), (path, "float32"), (path / "export",), (path / "export", "bfloat16"))]
+  assert dtypes == [jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16]
 
 
 # evaluate.

@@ -25,9 +25,11 @@ def run_config(checkpoint: pathlib.Path) -> configs_lib.Config | None:
     raise UserError(f"{file}: not the config of a run ({error})") from error
 
 
-def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
+def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   """The pipeline of a diffusers directory, of a finished run, or of a run's latest checkpoint.
 
+  Args:
+    dtype: what it computes in, "float32" or "bfloat16"; None for the run's, else "float32".
   Raises:
     UserError: the directory is none of these, or damaged.
   """
@@ -35,12 +37,14 @@ def load_tuned(checkpoint: pathlib.Path) -> Pipeline:
     raise UserError(f"--checkpoint={checkpoint}: no such directory")
   cfg = run_config(checkpoint)
   if cfg is None:
-    return load_pipeline(checkpoint)
+    return load_pipeline(checkpoint, dtype=dtype or "float32")
   if cfg.method_name in methods.AT_INFERENCE:
     raise UserError(f"--checkpoint={checkpoint}: a run of {cfg.method_name} tunes no weights; its "
                     f"images and their noise are in {checkpoint / 'product'}")
-  if (checkpoint / "summary.json").exists():
-    return load_pipeline(checkpoint / "export")
+  if dtype:
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype=dtype))
+  if _summary(checkpoint):
+    return load_pipeline(checkpoint / "export", dtype=cfg.model.dtype)
   exp, policy = _policy(checkpoint, cfg)
   weights = policy_weights(cfg, policy, exp.pipeline.params["unet"])
   return dataclasses.replace(exp.pipeline, params={**exp.pipeline.params, "unet": weights})
@@ -57,6 +61,20 @@ def load_adapter_of(checkpoint: pathlib.Path):
     raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
                     "(model.adapter=lora), so there is none to export")
   return _policy(checkpoint, cfg)[1]
+
+
+def _summary(checkpoint: pathlib.Path) -> dict | None:
+  """The summary of a run; None if it has none, or has gone on for more steps since."""
+  file, folder = checkpoint / "summary.json", checkpoint / "checkpoints"
+  if not file.exists():
+    return None
+  try:
+    summary = json.loads(file.read_text())
+    done = summary["steps"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{file}: not the summary of a run ({error})") from error
+  latest = Checkpointer(folder).latest_step() if folder.is_dir() else None
+  return summary if (latest or 0) <= done else None
 
 
 def _policy(checkpoint: pathlib.Path, cfg: configs_lib.Config):
@@ -77,9 +95,8 @@ def _policy(checkpoint: pathlib.Path, cfg: configs_lib.Config):
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), like)
   saved, _ = Checkpointer(checkpoint / "checkpoints").restore(like)
-  best = cfg.train.keep_best
-  if best and (checkpoint / "summary.json").exists():   # the last step may have been the best
-    summary = json.loads((checkpoint / "summary.json").read_text())
+  best, summary = cfg.train.keep_best, _summary(checkpoint)
+  if best and summary:                                  # the last step may have been the best
     best = summary["exported_step"] != summary["steps"]
   policy = saved["best"] if best else method.product(saved["method"])
   return exp, jax.device_get(policy)
