@@ -307,6 +307,13 @@ def default(method: str, recipe: str = "") -> ml_collections.ConfigDict:
   return config.lock()
 
 
+def completed(values: dict) -> dict:
+  """What an older version wrote as config.json, with the defaults of keys that it did not know."""
+  known = json.loads(default(values["method"]["name"]).to_json())
+  return {**values, **{name: {**group, **values.get(name, {})}
+                       for name, group in known.items() if isinstance(group, dict)}}
+
+
 def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:
   """`"smoke,release"` -> `("smoke", ["release"])`; the first size is the default.
 

@@ -17,6 +17,8 @@ from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
+from jaxalign.train.restore import run_config
+from jaxalign.train.workdir import Workdir
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
@@ -219,3 +221,17 @@ def test_to_dict_is_plain_json():
   found = parse(ml_collections.FrozenConfigDict(default("nabla_gfn").to_dict()).to_dict()).to_dict()
   assert json.loads(json.dumps(found)) == found
   assert found["method"]["name"] == "nabla_gfn" and isinstance(found["reward"]["names"], list)
+
+
+def test_a_run_of_an_older_version_is_read_with_defaults(tmp_path):
+  """Its config.json lacks a key that came later; with the default of that, it is the same run."""
+  cfg = runs.smoke()
+  Workdir(tmp_path / "run", cfg).create()
+  file = tmp_path / "run" / "config.json"
+  content = json.loads(file.read_text())
+  assert content["config"]["method"].pop("minibatches") == 1 and content["config"].pop("log")
+  file.write_text(json.dumps(content))
+  assert run_config(tmp_path / "run").method == cfg.method
+  Workdir(tmp_path / "run", cfg)
+  with pytest.raises(UserError, match="method.minibatches was 1 and is 2 now"):
+    Workdir(tmp_path / "run", runs.smoke(method__minibatches=2))

@@ -20,8 +20,8 @@ def run_config(checkpoint: pathlib.Path) -> configs_lib.Config | None:
   if (checkpoint / "model_index.json").exists() or not file.exists():
     return None
   try:
-    return configs_lib.parse(json.loads(file.read_text())["config"])
-  except (OSError, ValueError, KeyError) as error:
+    return configs_lib.parse(configs_lib.completed(json.loads(file.read_text())["config"]))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{file}: not the config of a run ({error})") from error
 
 

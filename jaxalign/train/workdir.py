@@ -14,7 +14,7 @@ from flax import traverse_util
 from tensorboardX import SummaryWriter
 
 from jaxalign import processes
-from jaxalign.configs_lib import Config
+from jaxalign.configs_lib import Config, completed
 from jaxalign.errors import UserError
 from jaxalign.train.evaluation import Samples
 
@@ -75,6 +75,8 @@ class Workdir:
   def _check_same(self, old: dict, new: dict) -> None:
     if not isinstance(old, dict):
       raise ValueError("config.json is not that of a run")
+    if "method" in old and "method" in new:
+      old = completed(old)
     old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
     for key in sorted(old.keys() | new.keys()):
       if key not in FREE_KEYS and old.get(key) != new.get(key):
