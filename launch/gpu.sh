@@ -6,7 +6,8 @@
 # The arguments go to `python -m jaxalign.launch`, whose `--config.mesh.data=-1` (the default) takes
 # every GPU; CUDA_VISIBLE_DEVICES chooses some. For several machines see slurm.sbatch.
 #
-#   VENV  environment to use, made with `pip install "jaxalign[cuda]"` if missing (default: .venv)
+#   VENV    environment to use, made with `pip install "jaxalign[cuda]"` if missing (default: .venv)
+#   PYTHON  what it is made with, 3.11 or newer (default: python3)
 set -euo pipefail
 
 if [[ $# -eq 0 ]]; then
@@ -15,7 +16,13 @@ if [[ $# -eq 0 ]]; then
 fi
 venv=${VENV:-.venv}
 if [[ ! -x $venv/bin/python ]]; then
-  python3 -m venv "$venv"
+  python=${PYTHON:-python3}
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: $python is older than 3.11, which jaxalign needs: set PYTHON=python3.11, or make" \
+      "an environment first: uv venv --seed --python 3.11 $venv" >&2
+    exit 1
+  fi
+  "$python" -m venv "$venv"
   "$venv/bin/pip" install -q -c constraints.txt -e ".[cuda]"
 fi
 if ! "$venv/bin/python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then

@@ -63,8 +63,18 @@ git ls-files -z | tar --null -czf "$archive" -T -
 # shellcheck disable=SC2016  # the variables are the worker's
 on_all 'set -e
   mkdir -p jaxalign && tar -xzf jaxalign.tar.gz -C jaxalign && cd jaxalign
-  python3 -m venv ~/venv
-  ~/venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
+  fits() { "$1" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null; }
+  if ! fits ~/venv/bin/python; then
+    # Images of TPU VMs come with a Python that is too old, and without venv: uv brings its own.
+    rm -rf ~/venv
+    if ! { python3 -m pip install -q --user uv &&
+           python3 -m uv venv -q --seed --python 3.11 ~/venv; }; then
+      echo "error: $(hostname): found no Python 3.11 or newer, which jaxalign needs, and could not" \
+        "install one with uv; make an environment with it at ~/venv" >&2
+      exit 1
+    fi
+  fi
+  ~/venv/bin/python -m pip install -q -c constraints.txt -e ".[tpu]"'
 if [[ -n ${BUCKET:-} ]]; then
   on_all "set -e
     if ! command -v gcsfuse > /dev/null; then

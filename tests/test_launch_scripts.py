@@ -72,6 +72,34 @@ def test_tpu_slice_is_created_and_all_workers_run_the_command(tools, tmp_path):
   assert "align:/mnt/runs/m" in fetch and "--worker=0" in fetch
 
 
+@pytest.mark.parametrize("old, works", [(True, True), (True, False), (False, True)])
+def test_tpu_workers_get_a_python_that_fits(tools, tmp_path, old, works):
+  """What the workers are told to install, run here with a Python that is too old, or not."""
+  env, calls = tools(
+      gcloud='for a in "$@"; do [[ $a != --command=*pip* ]] || bash -c "${a#--command=}"; done',
+      tar='case $* in *-T*) cat > /dev/null;; esac',
+      python3=f'case $* in *"uv venv"*) mkdir -p ~/venv/bin; cp {tmp_path}/new ~/venv/bin/python;; '
+              f'*install*) exit {int(not works)};; esac')
+  new = tmp_path / "new"
+  new.write_text(f'#!/usr/bin/env bash\necho "venv $*" >> {tmp_path}/calls.log\n')
+  new.chmod(0o755)
+  (tmp_path / "venv" / "bin").mkdir(parents=True)
+  (tmp_path / "jaxalign").mkdir()
+  present = tmp_path / "venv" / "bin" / "python"
+  present.write_text("#!/usr/bin/env bash\nexit 1\n" if old else new.read_text())
+  present.chmod(0o755)
+  env.update(TPU_NAME="align", ZONE="z", TPU_TYPE="v6e-16", FETCH_TO=str(tmp_path / "out"))
+  done = subprocess.run(["bash", str(LAUNCH / "tpu_vm.sh"), *RUN], env=env, cwd=runs.ROOT,
+                        capture_output=True, text=True, timeout=60)
+  log = "\n".join(line for line in calls() if not line.startswith("gcloud"))
+  assert ("uv venv -q --seed --python 3.11" in log) == (old and works)
+  if works:
+    assert done.returncode == 0, done.stderr
+    assert "venv -m pip install -q -c constraints.txt -e .[tpu]" in log
+  else:
+    assert done.returncode == 1 and "no Python 3.11 or newer" in done.stderr
+
+
 def test_tpu_slice_is_used_again_and_fetched_from_after_a_failure(tools, tmp_path):
   env, calls = tools(gcloud='case $* in *describe*) echo READY;; *jaxalign.launch*) exit 7;; esac')
   env.update(TPU_NAME="align", ZONE="z", FETCH_TO=str(tmp_path / "out"), DELETE="1")
@@ -104,6 +132,13 @@ def test_gpu_script_refuses_a_machine_without_one(tools, tmp_path):
   done = call("gpu.sh", "--config=x", env={**env, "VENV": str(tmp_path)})
   assert done.returncode == 1 and "sees no GPU" in done.stderr
   assert not any("jaxalign.launch" in line for line in calls())
+
+
+def test_gpu_script_refuses_an_old_python(tools, tmp_path):
+  env, calls = tools(python3="exit 1")
+  done = call("gpu.sh", "--config=x", env={**env, "VENV": str(tmp_path / "venv")})
+  assert done.returncode == 1 and "older than 3.11" in done.stderr
+  assert not any("-m venv" in line for line in calls()) and not (tmp_path / "venv").exists()
 
 
 def test_manifest_and_image_name_what_exists():
