@@ -2,9 +2,13 @@
 
 A method is a record of pure functions in one file of this folder. It sees `Models` (static
 functions and the sampler) and trees of arrays, never a network class, a mesh or a file.
+
+Other packages add methods that train weights through the entry point group `jaxalign.methods`; each
+entry point names what offers `Config` and `make`, a module or an object in one.
 """
 import dataclasses
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,9 +117,22 @@ class Method:
 
 
 def load(name: str):
-  """What offers method `name`; raises UserError naming `method.name` if there is none."""
+  """What offers method `name`.
+
+  Raises:
+    UserError: there is none of that name, or two are; names `method.name`.
+  """
+  added = {}
+  for entry in importlib.metadata.entry_points(group="jaxalign.methods"):
+    if entry.name in METHODS or entry.name in added:
+      raise UserError(f"method.name={entry.name!r} is registered twice; {entry.value} is the second: "
+                      "uninstall or rename one")
+    added[entry.name] = entry.load
+  if name in added:
+    return added[name]()
   if name not in METHODS:
-    raise UserError(f"method.name={name!r} is unknown; choose one of {', '.join(sorted(METHODS))}")
+    raise UserError(f"method.name={name!r} is unknown; choose one of "
+                    f"{', '.join(sorted({*METHODS, *added}))}")
   module, _, inside = METHODS[name].partition(":")
   module = importlib.import_module(module)
   return getattr(module, inside) if inside else module

@@ -1,0 +1,42 @@
+"""Names of methods: those of other packages, and names that clash."""
+import dataclasses
+
+import pytest
+
+from jaxalign import methods
+from jaxalign.configs_lib import default, parse
+from jaxalign.errors import UserError
+from jaxalign.methods import reward_gradient
+
+
+@dataclasses.dataclass
+class EntryPoint:
+  name: str
+  value: str = "other_package:method"
+
+  def load(self):
+    return reward_gradient.refl
+
+
+def install(monkeypatch, *names):
+  found = lambda group: [EntryPoint(name) for name in names if group == "jaxalign.methods"]
+  monkeypatch.setattr("importlib.metadata.entry_points", found)
+
+
+def test_other_packages_add_methods(monkeypatch):
+  with pytest.raises(UserError, match="method.name='theirs' is unknown; choose one of alignprop"):
+    methods.load("theirs")
+  install(monkeypatch, "theirs")
+  assert methods.load("theirs") is reward_gradient.refl
+  config = parse(default("theirs"))
+  assert config.method_name == "theirs" and isinstance(config.method, reward_gradient.refl.Config)
+  assert methods.load("draft") is reward_gradient.draft               # those of here stay
+  with pytest.raises(UserError, match="choose one of .*sft, theirs"):
+    methods.load("their")
+
+
+@pytest.mark.parametrize("names", [("mapo",), ("theirs", "theirs")])
+def test_a_name_cannot_be_registered_twice(monkeypatch, names):
+  install(monkeypatch, *names)
+  with pytest.raises(UserError, match="registered twice; other_package:method is the second"):
+    methods.load("nabla_gfn")
