@@ -11,10 +11,12 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 
 from jaxalign import configs_lib, rng, sharding
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
+from jaxalign.models.pipeline import Pipeline
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build, own_sampler, read_prompts
 from jaxalign.train.restore import load_tuned, run_config
@@ -25,8 +27,18 @@ _BASE = _FLAGS.define("string", "base", None, "Model to compare with; that of th
 _PROMPTS = _FLAGS.define("string", "prompts", None, "Text file with one prompt a line.")
 _OUTPUT = _FLAGS.define("string", "output", None, "JSON file to write.")
 _SAMPLES = _FLAGS.define("integer", "samples", 8, "Images per prompt.", lower_bound=2)
-_REWARD = _FLAGS.define("list", "reward", None, "Reward names; those of the run by default.")
-_SEED = _FLAGS.define("integer", "seed", 0, "Of the noise.")
+_REWARD = _FLAGS.define("multi_string", "reward", None, "A reward, as in reward.names; once for "
+                        "each of several, which are summed. Those of the run by default.")
+_JUDGE = _FLAGS.define("string", "judge", None, "Held-out scorer, whose features measure "
+                       "diversity; that of the run, else emoji_judge.")
+_SEED = _FLAGS.define("integer", "seed", 0, "Of the noise.", lower_bound=0)
+_STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
+_GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
+_ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_BATCH = _FLAGS.define("integer", "batch", None, "Images per device program; those of the run "
+                       "(eval.batch), else 64.", lower_bound=1)
+_DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
+                       "What networks compute in; that of the run, else float32.")
 
 
 def main(argv) -> None:
@@ -34,26 +46,26 @@ def main(argv) -> None:
   sharding.use_cores()
   checkpoint, output = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
   prompts = read_prompts("--prompts", _PROMPTS.value)
-  if not output.parent.is_dir():
-    raise UserError(f"--output={output}: no such folder")
+  _check_output(output)
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   tuned = load_tuned(checkpoint)
   base_path = _BASE.value or (cfg.model.path if cfg else None)
   if cfg is None:
     cfg = dataclasses.replace(configs_lib.parse(configs_lib.default("nabla_gfn")),
                               sample=own_sampler(tuned))
-  reward = cfg.reward
-  if _REWARD.value:
-    reward = configs_lib.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
+  cfg = _with_flags(cfg)
   # As many of this machine's devices as divide the batches, however many the run had.
   shards = math.gcd(len(jax.devices()), cfg.eval.batch, cfg.sample.batch // cfg.group // cfg.parts)
-  merged = cfg.model.lora if cfg.merges_lora and not _BASE.value else ""
   # Whole weights as the policy: any two models of one architecture can stand beside each other.
-  cfg = dataclasses.replace(
-      cfg, seed=_SEED.value, reward=reward, mesh=configs_lib.MeshConfig(shards),
-      model=dataclasses.replace(cfg.model, path=base_path or str(checkpoint), adapter="full",
-                                lora=merged))
+  model = dataclasses.replace(
+      cfg.model, path=base_path or str(checkpoint), adapter="full", teacher="",
+      lora=cfg.model.lora if cfg.merges_lora else "")
+  if _BASE.value:                    # what was put into the run's own model is no part of this one
+    model = dataclasses.replace(model, unet="", lora="")
+  cfg = dataclasses.replace(cfg, model=model, mesh=configs_lib.MeshConfig(shards))
   exp = build(cfg)
+  if base_path is not None:
+    _check_comparable(base_path, exp.pipeline, checkpoint, tuned)
   evaluate = Evaluator(exp)
 
   def policy(unet):
@@ -63,18 +75,58 @@ def main(argv) -> None:
   if base_path is None:
     result = {"tuned": describe(draw(tuned.params["unet"], "model"))}
   else:
-    base = exp.pipeline.params
-    shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
-    if shapes(base["unet"]) != shapes(tuned.params["unet"]):
-      raise UserError(f"--base={base_path}: its UNet has another architecture than {checkpoint}")
-    first = draw(base["unet"], "base")
-    again = draw(base["unet"], "base, other noise", stream=rng.EVAL_FLOOR)
+    base = exp.pipeline.params["unet"]
+    first = draw(base, "base")
+    again = draw(base, "base, other noise", stream=rng.EVAL_FLOOR)
     now = draw(tuned.params["unet"], "tuned", path_kl=cfg.eval.path_kl)
     result = {"base": describe(first), "tuned": compare(now, first, again)}
+  text = json.dumps(result, indent=2)
+  print(text)                                # first: what took so long is not lost with a full disk
   partial = output.with_name(f".{output.name}.partial")
-  partial.write_text(json.dumps(result, indent=2) + "\n")
-  os.replace(partial, output)
-  print(json.dumps(result, indent=2))
+  try:
+    partial.write_text(text + "\n")
+    os.replace(partial, output)
+  except OSError as error:
+    raise UserError(f"--output={output}: {error}") from error
+
+
+def _check_output(output: pathlib.Path) -> None:
+  """UserError unless that file can be written, before minutes are spent on its content."""
+  if not output.parent.is_dir():
+    raise UserError(f"--output={output}: no such folder")
+  if output.is_dir():
+    raise UserError(f"--output={output}: is a folder; name a file")
+  if not os.access(output.parent, os.W_OK):
+    raise UserError(f"--output={output}: {output.parent} cannot be written")
+
+
+def _with_flags(cfg: configs_lib.Config) -> configs_lib.Config:
+  """The config with what the command line chooses."""
+  given = lambda **flags: {name: flag.value for name, flag in flags.items()
+                           if flag.value is not None}
+  reward = cfg.reward
+  if _REWARD.value:
+    reward = configs_lib.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
+  return dataclasses.replace(
+      cfg, seed=_SEED.value, reward=reward,
+      model=dataclasses.replace(cfg.model, **given(dtype=_DTYPE)),
+      sample=dataclasses.replace(
+          cfg.sample, **given(steps=_STEPS, guidance=_GUIDANCE, eta=_ETA)),
+      eval=dataclasses.replace(cfg.eval, **given(judge=_JUDGE, batch=_BATCH)))
+
+
+def _check_comparable(base_path: str, base: Pipeline, checkpoint: pathlib.Path,
+                      tuned: Pipeline) -> None:
+  """UserError unless the two models differ in the weights of their UNets only."""
+  shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+  if shapes(base.params["unet"]) != shapes(tuned.params["unet"]):
+    raise UserError(f"--base={base_path}: its UNet has another architecture than {checkpoint}")
+  for name in sorted({*base.networks, *tuned.networks} - {"unet"}):
+    mine, theirs = (pipeline.params.get(name) for pipeline in (base, tuned))
+    if shapes(mine) != shapes(theirs) or not all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, mine, theirs))):
+      raise UserError(f"--base={base_path}: its {name} differs from that of {checkpoint}; the two "
+                      "are compared with one, so evaluate each alone")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ _ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the ru
 _HEIGHT = _FLAGS.define("integer", "height", None, "Pixels; as in the run, else the model's.")
 _WIDTH = _FLAGS.define("integer", "width", None, "Pixels; as in the run, else the model's.")
 _BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", lower_bound=1)
+_DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
+                       "What networks compute in; that of the run, else float32.")
+_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".parquet")   # of files
 
 
 def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 0,
@@ -86,19 +89,47 @@ def _programs(pipeline: Pipeline, sample: SampleConfig):
   return jax.jit(pipeline.encode_prompts), jax.jit(draw)
 
 
+def _prompts(text: str) -> list[str]:
+  """The prompts of the file `text`, or `text` itself.
+
+  Raises:
+    UserError: it is meant to be a file, which does not exist: has no blanks, but slashes or a
+      suffix of text files. A sentence may have slashes; only ".txt" ends none.
+  """
+  if text.startswith("jaxalign:") or os.path.isfile(text):     # a long prompt is no path
+    return read_prompts("--prompts", text)
+  looks_so = os.sep in text or text.endswith(_SUFFIXES)
+  if text.endswith(".txt") or looks_so and not any(map(str.isspace, text)):
+    raise UserError(f"--prompts={text}: no such file")
+  return [text]
+
+
+def _write(output: pathlib.Path, images: np.ndarray, prompts: list[str]) -> None:
+  """Images, then `samples.jsonl` that lists them, then the grid; each but that whole or not."""
+  def whole(name, write):
+    partial = output / f".{name}.partial"
+    write(partial)
+    os.replace(partial, output / name)
+  lines = []
+  for p, prompt in enumerate(prompts):
+    for i, image in enumerate(images[p]):
+      name = f"{p:04d}_{i:02d}.png"
+      whole(name, lambda file, image=image: Image.fromarray(image).save(file, format="PNG"))
+      lines.append(json.dumps({"file": name, "prompt": prompt, "seed": _SEED.value,
+                               "negative_prompt": _NEGATIVE.value}) + "\n")
+  whole("samples.jsonl", lambda file: file.write_text("".join(lines)))
+  viz.save_grid(images[:32], output / "grid.png", row_labels=prompts[:32])
+
+
 def main(argv) -> None:
   del argv
   sharding.use_cores()
   checkpoint = pathlib.Path(_CHECKPOINT.value)
-  text = _PROMPTS.value
-  is_file = text.startswith("jaxalign:") or os.path.isfile(text)    # a long prompt is no path
-  if not is_file and text.endswith(".txt"):
-    raise UserError(f"--prompts={text}: no such file")
-  prompts = read_prompts("--prompts", text) if is_file else [text]
+  prompts = _prompts(_PROMPTS.value)
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value,
             "height": _HEIGHT.value, "width": _WIDTH.value}
-  pipeline = load_tuned(checkpoint)
+  pipeline = load_tuned(checkpoint, _DTYPE.value)
   base = (cfg.sample if cfg else own_sampler(pipeline)).__dict__
   sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})
   _programs(pipeline, sample)       # checks the sampler before a folder is made
@@ -109,14 +140,10 @@ def main(argv) -> None:
     raise UserError(f"--output={output}: {error}") from error
   images = generate(pipeline, prompts, _N.value, seed=_SEED.value, negative_prompt=_NEGATIVE.value,
                     sample=sample, batch=_BATCH.value)
-  with (output / "samples.jsonl").open("w") as log:
-    for p, prompt in enumerate(prompts):
-      for i in range(_N.value):
-        name = f"{p:04d}_{i:02d}.png"
-        Image.fromarray(images[p, i]).save(output / name)
-        log.write(json.dumps({"file": name, "prompt": prompt, "seed": _SEED.value,
-                              "negative_prompt": _NEGATIVE.value}) + "\n")
-  viz.save_grid(images[:32], output / "grid.png", row_labels=prompts[:32])
+  try:
+    _write(output, images, prompts)
+  except OSError as error:
+    raise UserError(f"--output={output}: {error}") from error
   print(f"{images.shape[0] * images.shape[1]} images in {output}")
 
 

@@ -1,4 +1,5 @@
 """Commands as users call them: exit status, one-line errors, files written and files left alone."""
+import dataclasses
 import json
 import os
 import runpy
@@ -18,7 +19,7 @@ from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main
 from jaxalign.export import main as export_main
 from jaxalign.models.vae import decode_images
-from jaxalign.sample import generate
+from jaxalign.sample import _prompts, generate
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
 from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train.restore import load_tuned
@@ -286,6 +287,10 @@ def test_generate(tuned):
     (("--prompts=a cat",), ["--checkpoint is required"]),
     (("--checkpoint=no/where", "--prompts=a cat"), ["--checkpoint=no/where"]),
     (("--checkpoint={run}", "--prompts=nowhere.txt"), ["--prompts=nowhere.txt"]),
+    (("--checkpoint={run}", "--prompts=my prompts.txt"), ["--prompts=my prompts.txt"]),
+    (("--checkpoint={run}", "--prompts=prompts/cats"), ["--prompts=prompts/cats"]),
+    (("--checkpoint={run}", "--prompts=cats.jsonl"), ["--prompts=cats.jsonl"]),
+    (("--checkpoint={run}", "--prompts=a cat", "--dtype=float64"), ["dtype", "float64"]),
     (("--checkpoint={run}", "--prompts=a cat", "--n=0"), ["n"]),
     (("--checkpoint={run}", "--prompts=a cat", "--steps=0"), ["sample.steps=0"]),
     (("--checkpoint={run}", "--prompts=a cat", "--eta=2"), ["sample.eta=2"]),
@@ -301,6 +306,21 @@ def test_sample_takes_a_long_prompt_and_refuses_a_file_as_folder(fails, tmp_path
   (tmp_path / "file").write_text("mine")
   fails("sample", f"--checkpoint={runs.finished()}", f"--prompts={'a cat and ' * 100}",
         f"--output={tmp_path / 'file' / 'out'}", parts=[f"--output={tmp_path / 'file' / 'out'}"])
+
+
+def test_a_sentence_may_have_slashes(tmp_path):
+  assert _prompts("a cat/dog on a red background") == ["a cat/dog on a red background"]
+  assert _prompts("cat") == ["cat"] and _prompts("A sun at 6.30") == ["A sun at 6.30"]
+  (tmp_path / "two words").write_text("a cat\na dog\n")
+  assert _prompts(str(tmp_path / "two words")) == ["a cat", "a dog"]
+
+
+def test_images_that_cannot_be_written(fails, tmp_path):
+  (tmp_path / "out" / "0000_01.png").mkdir(parents=True)
+  fails("sample", f"--checkpoint={runs.finished()}", "--prompts=a cat", "--n=2",
+        f"--output={tmp_path / 'out'}", parts=[f"--output={tmp_path / 'out'}", "0000_01.png"])
+  assert (tmp_path / "out" / "0000_00.png").is_file()
+  assert not (tmp_path / "out" / "samples.jsonl").exists()            # says that all are there
 
 
 def test_unfinished_run_gives_its_latest_checkpoint(tmp_path, tuned):
@@ -373,11 +393,28 @@ def test_evaluate_a_model_against_itself(command, tmp_path):
   assert result["tuned"]["fd_to_base"]["distance"] == result["tuned"]["fd_to_base"]["floor"]
 
 
+def test_flags_of_evaluate_replace_what_the_run_has(monkeypatch):
+  seen = ["--checkpoint=a", "--prompts=b", "--output=c"]
+  module = runpy.run_module("jaxalign.evaluate")
+  parse = lambda *args: (module["_FLAGS"].unparse_flags(), module["_FLAGS"](["x", *seen, *args]))
+  cfg = runs.smoke(model__unet="", seed=3)
+  parse()
+  assert module["_with_flags"](cfg) == dataclasses.replace(cfg, seed=0)
+  parse("--steps=7", "--guidance=2", "--eta=0.5", "--batch=4", "--judge=clip_score:x",
+        "--dtype=bfloat16", "--seed=5", "--reward=hpsv2:a,b", "--reward=aesthetic:c,d")
+  new = module["_with_flags"](cfg)
+  assert (new.sample.steps, new.sample.guidance, new.sample.eta) == (7, 2.0, 0.5)
+  assert (new.eval.batch, new.eval.judge, new.model.dtype) == (4, "clip_score:x", "bfloat16")
+  assert new.reward.names == ("hpsv2:a,b", "aesthetic:c,d") and new.seed == 5
+  assert new.eval.samples == cfg.eval.samples and new.method == cfg.method
+
+
 @pytest.mark.slow
 def test_evaluate_a_model_alone(command, tmp_path):
   file = tmp_path / "result.json"
   assert command("evaluate", f"--checkpoint={runs.finished() / 'export'}", "--samples=2",
-                 f"--prompts={runs.HELD_OUT}", f"--output={file}", "--reward=brightness")[0] == 0
+                 f"--prompts={runs.HELD_OUT}", f"--output={file}", "--reward=brightness",
+                 "--steps=2", "--batch=8", "--dtype=bfloat16")[0] == 0
   result = json.loads(file.read_text())
   assert result.keys() == {"tuned"} and "kl_to_base" not in result["tuned"]
   assert "change" not in result["tuned"]["reward"] and result["tuned"]["reward"]["n"] == 8
@@ -392,7 +429,26 @@ def test_bad_input_to_evaluate(fails, tmp_path):
   fails("evaluate", run, prompts, out, "--base=jaxalign:emoji", parts=["--base=jaxalign:emoji",
                                                                       "architecture"])
   fails("evaluate", run, prompts, out, "--samples=1", parts=["samples"])
+  fails("evaluate", run, prompts, out, "--seed=-1", parts=["seed"])
+  fails("evaluate", run, prompts, f"--output={tmp_path}", parts=[f"--output={tmp_path}", "folder"])
+  fails("evaluate", run, prompts, out, "--judge=brightness", parts=["eval.judge='brightness'"])
+  fails("evaluate", run, prompts, out, "--steps=2000", parts=["sample.steps=2000"])
+  fails("evaluate", run, prompts, out, "--guidance=-1", parts=["sample.guidance=-1"])
+  fails("evaluate", run, prompts, out, "--reward=hpsv2", parts=["reward.names", "hpsv2:WHERE"])
   assert not list(tmp_path.iterdir())
+
+
+def test_models_that_differ_in_more_than_the_unet_are_not_compared(fails, tmp_path):
+  """Both would be drawn and decoded with the networks of one."""
+  args = (f"--checkpoint={runs.finished()}", f"--prompts={runs.HELD_OUT}",
+          f"--output={tmp_path / 'x.json'}")
+  for seed, name in ((1, "text_encoder"), (2, "vae")):
+    base = make_pipeline_dir(tmp_path / name, seed, image_size=32)
+    if name == "vae":                                        # only that
+      shutil.rmtree(base / "text_encoder")
+      shutil.copytree(runs.finished() / "export" / "text_encoder", base / "text_encoder")
+    fails("evaluate", *args, f"--base={base}", parts=[f"--base={base}", f"its {name} differs"])
+  assert not (tmp_path / "x.json").exists()
 
 
 # export, and what others make of it.
