@@ -120,12 +120,12 @@ def load(name: str):
   """What offers method `name`.
 
   Raises:
-    UserError: there is none of that name, or two are; names `method.name`.
+    UserError: there is none of that name; or two packages add the same one.
   """
   added = {}
   for entry in importlib.metadata.entry_points(group="jaxalign.methods"):
     if entry.name in METHODS or entry.name in added:
-      raise UserError(f"method.name={entry.name!r} is registered twice; {entry.value} is the second: "
+      raise UserError(f"method {entry.name!r} is registered twice; {entry.value} is the second: "
                       "uninstall or rename one")
     added[entry.name] = entry.load
   if name in added:
