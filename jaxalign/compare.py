@@ -175,7 +175,7 @@ def table(records: list[dict]) -> list[str]:
         of(lambda r: r["fd"] and r["fd"]["distance"], "{:.4f}") + (
             f" ({floor[0]:.4f})" if floor else ""),
         of(lambda r: r["kl"], "{:.1f}"), spent("reward_queries"), spent("reward_gradients"),
-        of(lambda r: r["seconds"], "{:.0f}"), f"{rows[0]['step_seconds']:.2f}",
+        f"{np.mean([r['seconds'] for r in rows]):.0f}", f"{rows[0]['step_seconds']:.2f}",
         f"{max(r['update_bytes'] for r in rows) / 2**20:,.0f}",
         f"{max(r['peak_bytes'] for r in rows) / 2**20:,.0f}"]
     for key, limit in limits.items():
