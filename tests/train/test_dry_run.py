@@ -28,7 +28,7 @@ def describe(name, argument="emoji", **overrides):
 
 @pytest.mark.parametrize("name", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in sorted({*METHODS, "diff_instruct_pp"})])
+    for name in sorted({*METHODS, "diff_instruct_pp", "distill_emoji_onestep"})])
 def test_every_recipe_on_the_embedded_model(name):
   text, rows = describe(name)
   assert "mesh {'data': 2, 'fsdp': 1, 'tensor': 1} on cpu" in text and "TFLOP" in text
