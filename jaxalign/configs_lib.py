@@ -239,6 +239,9 @@ class Config:
     if self.data.cache and not self.reads_pairs:
       raise UserError(f"data.cache={self.data.cache}: method.name={self.method_name!r} reads no "
                       "pairs, which are all that is kept there")
+    if self.train.keep_best and self.method_name in methods.AT_INFERENCE:
+      raise UserError(f"train.keep_best=True chooses among policies, and method.name="
+                      f"{self.method_name!r} trains none")
     if self.sample.batch % self.group:
       raise UserError(f"sample.batch={self.sample.batch} does not divide into groups of "
                       f"method.group={self.group}")

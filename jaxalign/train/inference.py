@@ -55,8 +55,6 @@ def run(cfg: Config, path: pathlib.Path, devices=None) -> dict:
 def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ workdir
   say = processes.say
-  if cfg.train.keep_best:
-    raise UserError("train.keep_best=True chooses among policies, and this run trains none")
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
   workdir = Workdir(path, cfg, {"data.eval_prompts": prompts})
   finished = read_finished(workdir.path, cfg)
