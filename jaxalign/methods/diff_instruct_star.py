@@ -32,7 +32,7 @@ from jaxalign import rng
 from jaxalign.errors import UserError
 from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import OptimConfig, ema_update, make_optimizer
+from jaxalign.methods.optimizer import Learner, OptimConfig, make_optimizer
 from jaxalign.sampling import guided, initial_noise, rollout
 from jaxalign.sampling.schedule import expand
 
@@ -202,7 +202,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   if optim.accumulate != 1:
     raise UserError("optim.accumulate is 1 for diff_instruct_star, which takes no micro-batches")
   weights = jnp.asarray(time_weights(cfg, schedule.alphas_cumprod), jnp.float32)
-  optimizer = make_optimizer(optim)
+  learner = Learner(optim)
   assistant_optimizer = make_optimizer(dataclasses.replace(
       optim, lr=cfg.assistant_lr, decay_steps=optim.decay_steps * cfg.assistant_steps))
   plain, teacher = guided(models.denoise, 1.0), guided(models.denoise, cfg.guidance)
@@ -225,14 +225,9 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def init(key, frozen, batch):
     k_policy, k_assistant = jax.random.split(key)
-    policy = models.init_policy(k_policy, frozen)
     assistant = models.init_policy(k_assistant, {"base": teacher_of(frozen)})
-    state = {"policy": policy, "optimizer": optimizer.init(policy), "assistant": assistant,
-             "assistant_optimizer": assistant_optimizer.init(assistant),
-             "updates": jnp.asarray(0, jnp.int32), "norms": jnp.zeros(2)}
-    if optim.ema:
-      state["ema"] = jax.tree.map(jnp.copy, policy)
-    return state
+    return {**learner.init(models.init_policy(k_policy, frozen)), "assistant": assistant,
+            "assistant_optimizer": assistant_optimizer.init(assistant), "norms": jnp.zeros(2)}
 
   def collect(state, frozen, batch, key):
     eps = lambda params, x, t, conditioning: schedule.to_eps(
@@ -304,23 +299,17 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     z, cotangent = jax.lax.optimization_barrier((experience["z"], to_data + alpha * to_reward))
     gradient, = jax.vjp(lambda policy: generate(policy, frozen, z, batch["conditioning"]),
                         state["policy"])[1](cotangent)
-    active = (n >= cfg.warmup).astype(jnp.float32)
-    updates, opt = optimizer.update(gradient, state["optimizer"], state["policy"])
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(active > 0, a, b), new, old)
-    policy = keep(optax.apply_updates(state["policy"], updates), state["policy"])
-    state = dict(state, policy=policy, optimizer=keep(opt, state["optimizer"]), norms=norms,
-                 updates=n + 1)
-    if optim.ema:
-      state["ema"] = ema_update(state["ema"], policy, optim.ema, state["updates"])
+    after = learner.step(state, gradient)
+    for name in ("policy", "optimizer", *(["ema"] if optim.ema else [])):
+      after[name] = jax.tree.map(
+          lambda new, old: jnp.where(n >= cfg.warmup, new, old), after[name], state[name])
+    state = dict(after, norms=norms)
     return state, {
         "loss/assistant": errors.mean(), "train/grad_norm": optax.tree.norm(gradient),
         "train/alpha": alpha, "train/cotangent_ratio": alpha * now[1] / jnp.maximum(now[0], 1e-12),
         "train/x0_std": x_0.std(), **metrics}
 
-  def product(state):
-    return state["ema"] if optim.ema else state["policy"]
-
-  return Method(init=init, collect=collect, update=update, product=product,
+  return Method(init=init, collect=collect, update=update, product=learner.product,
                 cost=lambda batch: cost(cfg, batch))
 
 

@@ -59,6 +59,34 @@ def make_optimizer(cfg: OptimConfig, mask=None) -> optax.GradientTransformation:
       learning_rate(cfg), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=mask))
 
 
+class Learner:
+  """The policy in a method's state, AdamW that trains it, and its moving average.
+
+  They are the entries `policy`, `optimizer`, `updates` and, with `optim.ema`, `ema` of the state.
+  """
+
+  def __init__(self, cfg: OptimConfig):
+    self._optimizer, self._decay = make_optimizer(cfg), cfg.ema
+
+  def init(self, policy) -> dict:
+    state = {"policy": policy, "optimizer": self._optimizer.init(policy),
+             "updates": jnp.zeros((), jnp.int32)}
+    return {**state, "ema": jax.tree.map(jnp.copy, policy)} if self._decay else state
+
+  def step(self, state: dict, gradient) -> dict:
+    """The state after one optimiser step; what else it holds stays as it is."""
+    changes, optimizer = self._optimizer.update(gradient, state["optimizer"], state["policy"])
+    state = dict(state, policy=optax.apply_updates(state["policy"], changes), optimizer=optimizer,
+                 updates=state["updates"] + 1)
+    if self._decay:
+      state["ema"] = ema_update(state["ema"], state["policy"], self._decay, state["updates"])
+    return state
+
+  def product(self, state: dict):
+    """What is evaluated and exported."""
+    return state["ema"] if self._decay else state["policy"]
+
+
 def accumulated_gradients(grads_of, trainable, rows, key, parts: int):
   """Mean over `parts` micro-batches of `grads_of(trainable, rows, key) -> (gradient, metrics)`.
 

@@ -31,12 +31,7 @@ import optax
 from jaxalign.errors import UserError
 from jaxalign.fields import Count, NonNegative, Range, Whole, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import (
-  OptimConfig,
-  accumulated_gradients,
-  ema_update,
-  make_optimizer,
-)
+from jaxalign.methods.optimizer import Learner, OptimConfig, accumulated_gradients
 from jaxalign.sampling import guided_eps, rollout
 
 Advantage = Literal["prompt", "batch", "group_z", "group_center", "group_loo"]
@@ -327,18 +322,14 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     raise UserError("policy gradients need noise at every step: set sample.eta > 0 and "
                     "sample.final='alpha0'")
   eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
-  optimizer = make_optimizer(optim)
+  learner = Learner(optim)
   grouped = lambda a: a.reshape((-1, cfg.group) + a.shape[1:])
 
   def init(key, frozen, batch):
     key_policy, key_interval = jax.random.split(key)
-    policy = models.init_policy(key_policy, frozen)
-    size = batch["prompt_ids"].shape[0]
-    state = {"policy": policy, "optimizer": optimizer.init(policy),
-             "updates": jnp.zeros((), jnp.int32), "stage": jnp.zeros((), jnp.int32),
-             "interval": interval(cfg, sampler.steps, jnp.zeros((), jnp.int32), key_interval)}
-    if optim.ema:
-      state["ema"] = policy
+    size, stage = batch["prompt_ids"].shape[0], jnp.zeros((), jnp.int32)
+    state = {**learner.init(models.init_policy(key_policy, frozen)), "stage": stage,
+             "interval": interval(cfg, sampler.steps, stage, key_interval)}
     if cfg.advantage == "prompt" and cfg.history:
       state["history"] = {"rewards": jnp.zeros((cfg.history, size)),
                           "prompt_ids": jnp.full((cfg.history, size), -1, jnp.int32)}
@@ -400,7 +391,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     rows.update(conditioning=jax.tree.map(choose, experience["batch"]["conditioning"]), kept=kept,
                 adv=jnp.clip(adv, -cfg.advantage_clip, cfg.advantage_clip))     # all [R, S, ...]
 
-    def step(learner, dealt):
+    def step(before, dealt):
       """One optimiser step on some of the groups."""
       def take(a):
         blocks = a.reshape((-1, cfg.minibatches) + a.shape[1:])
@@ -409,27 +400,23 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
       part = jax.tree.map(take, rows)
       count = part["kept"].sum()
       part["weight"] = part["kept"] * (part["kept"].size / jnp.maximum(count, 1))
-      gradient, metrics = gradient_of(learner["policy"], frozen, part, start, stop)
+      gradient, metrics = gradient_of(before["policy"], frozen, part, start, stop)
       metrics["train/grad_norm"] = optax.tree.norm(gradient)
-      changes, opt_state = optimizer.update(gradient, learner["optimizer"], learner["policy"])
-      new = dict(learner, policy=optax.apply_updates(learner["policy"], changes),
-                 optimizer=opt_state, updates=learner["updates"] + 1)
-      if optim.ema:
-        new["ema"] = ema_update(learner["ema"], new["policy"], optim.ema, new["updates"])
+      after = learner.step(before, gradient)
       # With nothing selected there is nothing to learn from, and no stale momentum to follow.
-      return jax.tree.map(lambda a, b: jnp.where(count > 0, a, b), new, learner), metrics
+      return jax.tree.map(lambda a, b: jnp.where(count > 0, a, b), after, before), metrics
 
-    learner = {name: state[name] for name in ("policy", "optimizer", "updates", "ema")
+    learned = {name: state[name] for name in ("policy", "optimizer", "updates", "ema")
                if name in state}
-    learner, metrics = jax.lax.scan(
-        step, learner, deal(key_deal, index.shape[0], cfg.minibatches, cfg.inner_epochs))
+    learned, metrics = jax.lax.scan(
+        step, learned, deal(key_deal, index.shape[0], cfg.minibatches, cfg.inner_epochs))
     metrics = jax.tree.map(lambda a: a.mean(), metrics)
     metrics["train/kept"] = kept.sum() / rewards.shape[0]
     if cfg.group > 1:
       metrics["train/mixed_groups"] = (jnp.ptp(grouped(rewards), axis=1) > 0).mean()
     metrics["train/interval"] = (stop - start).astype(jnp.float32)
     stage = state["stage"] + 1
-    state = dict(state, **learner, stage=stage,
+    state = dict(state, **learned, stage=stage,
                  interval=interval(cfg, sampler.steps, stage, key_interval))
     if "history" in state:
       append = lambda old, new: jnp.concatenate([old[1:], new[None]])
@@ -437,10 +424,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
           append, state["history"], {"rewards": rewards, "prompt_ids": prompt_ids})
     return state, metrics
 
-  def product(state):
-    return state["ema"] if optim.ema else state["policy"]
-
-  return Method(init=init, collect=collect, update=update, product=product,
+  return Method(init=init, collect=collect, update=update, product=learner.product,
                 cost=lambda batch: cost(models, cfg, batch))
 
 

@@ -31,12 +31,7 @@ from jaxalign import rng
 from jaxalign.errors import UserError
 from jaxalign.fields import Fraction, NonNegative, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import (
-  OptimConfig,
-  accumulated_gradients,
-  ema_update,
-  make_optimizer,
-)
+from jaxalign.methods.optimizer import Learner, OptimConfig, accumulated_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,15 +273,10 @@ def loss(models: Models, cfg: SFTConfig, policy, frozen, rows):
 
 def make(models: Models, cfg: SFTConfig, optim: OptimConfig) -> Method:
   """MaPO, Diffusion-DPO or SFT, by the type of `cfg`, as a Method."""
-  optimizer = make_optimizer(optim)
+  learner = Learner(optim)
 
   def init(key, frozen, batch):
-    policy = models.init_policy(key, frozen)
-    state = {"policy": policy, "optimizer": optimizer.init(policy),
-             "updates": jnp.asarray(0, jnp.int32)}
-    if optim.ema:
-      state["ema"] = jax.tree.map(jnp.copy, policy)
-    return state
+    return learner.init(models.init_policy(key, frozen))
 
   def collect(state, frozen, batch, key):
     return batch
@@ -297,25 +287,19 @@ def make(models: Models, cfg: SFTConfig, optim: OptimConfig) -> Method:
           lambda policy: loss(models, cfg, policy, frozen, rows), has_aux=True)(policy)
       return gradient, metrics
 
-    policy, rows = state["policy"], draw(models, cfg, experience, key)
-    gradient, metrics = accumulated_gradients(grads_of, policy, rows, key, optim.accumulate)
+    rows = draw(models, cfg, experience, key)
+    gradient, metrics = accumulated_gradients(
+        grads_of, state["policy"], rows, key, optim.accumulate)
     metrics["train/grad_norm"] = optax.tree.norm(gradient)
-    updates, opt_state = optimizer.update(gradient, state["optimizer"], policy)
-    policy = optax.apply_updates(policy, updates)
-    state = dict(state, policy=policy, optimizer=opt_state, updates=state["updates"] + 1)
-    if optim.ema:
-      state["ema"] = ema_update(state["ema"], policy, optim.ema, state["updates"])
-    return state, metrics
-
-  def product(state):
-    return state["ema"] if optim.ema else state["policy"]
+    return learner.step(state, gradient), metrics
 
   def cost(batch):
     images = batch * (2 if isinstance(cfg, PairConfig) else 1)
     return {"denoiser_forward": images * (2 if isinstance(cfg, DPOConfig) else 1),
             "denoiser_backward": images, "decodes": 0, "reward_queries": 0, "reward_gradients": 0}
 
-  return Method(init=init, collect=collect, update=update, product=product, cost=cost)
+  return Method(init=init, collect=collect, update=update, product=learner.product,
+                cost=cost)
 
 
 class Kind(NamedTuple):

@@ -35,12 +35,7 @@ from jaxalign import rng
 from jaxalign.errors import UserError
 from jaxalign.fields import Count, NonNegative, Whole, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import (
-  OptimConfig,
-  accumulated_gradients,
-  ema_update,
-  make_optimizer,
-)
+from jaxalign.methods.optimizer import Learner, OptimConfig, accumulated_gradients
 from jaxalign.sampling import guided_eps, replay, rollout
 
 
@@ -258,15 +253,10 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
                     "reward.names holds a black-box reward; choose differentiable rewards")
   kept = cfg.kept(sampler.steps)
   eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
-  optimizer = make_optimizer(optim)
+  learner = Learner(optim)
 
   def init(key, frozen, batch):
-    policy = models.init_policy(key, frozen)
-    state = {"policy": policy, "optimizer": optimizer.init(policy),
-             "updates": jnp.asarray(0, jnp.int32)}
-    if optim.ema:
-      state["ema"] = jax.tree.map(jnp.copy, policy)
-    return state
+    return learner.init(models.init_policy(key, frozen))
 
   def collect(state, frozen, batch, key):
     variables = models.combine(state["policy"], frozen["base"])
@@ -286,20 +276,12 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
           lambda policy: loss(models, cfg, policy, frozen, rows, key), has_aux=True)(policy)
       return gradient, {"loss/total": total, **metrics}
 
-    policy = state["policy"]
-    gradient, metrics = accumulated_gradients(grads_of, policy, rows, key, optim.accumulate)
+    gradient, metrics = accumulated_gradients(
+        grads_of, state["policy"], rows, key, optim.accumulate)
     metrics["train/grad_norm"] = optax.tree.norm(gradient)
-    updates, opt_state = optimizer.update(gradient, state["optimizer"], policy)
-    policy = optax.apply_updates(policy, updates)
-    state = dict(state, policy=policy, optimizer=opt_state, updates=state["updates"] + 1)
-    if optim.ema:
-      state["ema"] = ema_update(state["ema"], policy, optim.ema, state["updates"])
-    return state, metrics
+    return learner.step(state, gradient), metrics
 
-  def product(state):
-    return state["ema"] if optim.ema else state["policy"]
-
-  return Method(init=init, collect=collect, update=update, product=product,
+  return Method(init=init, collect=collect, update=update, product=learner.product,
                 cost=lambda batch: cost(models, cfg, batch))
 
 

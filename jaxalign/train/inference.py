@@ -70,8 +70,10 @@ def _run(cfg, path, devices, stack) -> dict:
   stack.callback(workdir.close)
   search = Search(exp, method, prompts)
   total = search.total
+  held = sum(a.nbytes for a in jax.tree.leaves(search.state)) / 2**20
   say(f"{cfg.recipe}: {total} images, {cfg.eval.samples} of each of {len(prompts)} prompts of "
-      f"data.eval_prompts; nothing is trained, so data.prompts is not read; mesh "
+      f"data.eval_prompts, {held:.0f} MiB of noise and moments on the devices; nothing is trained, "
+      f"so data.prompts is not read; mesh "
       f"{dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
 
   # ------------------------------------------------------------------ base model
