@@ -142,7 +142,7 @@ def test_commands_can_be_imported_together():
     (launch_args(**{"reward.names": "('emoji_clap',)"}), ["reward.names", "emoji_clap"]),
     (launch_args(**{"reward.names": "('jpeg_compressibility',)"}), ["reward.names", "black-box"]),
     (launch_args(**{"reward.names": "('no/file.py:f',)"}), ["reward.names", "no/file.py"]),
-    (launch_args(**{"eval.judge": "brightness"}), ["eval.judge='brightness'"]),
+    (launch_args(**{"eval.judge": "grayness"}), ["eval.judge='grayness'"]),
     (launch_args(**{"sample.eta": 0}), ["sample.eta"]),
     (launch_args(**{"sample.eta": 1.5}), ["sample.eta=1.5"]),
     (launch_args(**{"sample.spacing": "even"}), ["sample.spacing='even'"]),

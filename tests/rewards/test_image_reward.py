@@ -10,7 +10,6 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import UserError
 from jaxalign.models import blip
-from jaxalign.models.lora import count
 from jaxalign.rewards import make_reward
 from jaxalign.rewards.clip_towers import HEAD_LAYERS, HEAD_WIDTHS
 from jaxalign.rewards.image_reward import LENGTH, SCORE_MEAN, SCORE_STD
@@ -191,6 +190,7 @@ def test_published_size():
     text = transformers.models.blip.modeling_blip_text.BlipTextModel(transformers.BlipTextConfig(
         encoder_hidden_size=1024, num_attention_heads=12), add_pooling_layer=False)
   of = lambda module: sum(p.numel() for p in module.parameters())
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   assert count(shapes["params"]["visual_encoder"]) == of(vision)
   assert count(shapes["params"]["text_encoder"]) == of(text)
 

@@ -184,8 +184,8 @@ def test_a_clip_can_be_the_judge(clip, images):
       images.transpose(0, 3, 1, 2)), SIZE, half) - MEAN) / STD).detach()
   np.testing.assert_allclose(judge.features(judge.params, images),
                              embedding / embedding.norm(dim=-1, keepdim=True), atol=1e-5)
-  with pytest.raises(UserError, match="eval.judge='brightness' gives no features"):
-    experiment.build(runs.smoke(eval__judge="brightness"), jax.devices()[:1])
+  with pytest.raises(UserError, match="eval.judge='grayness' gives no features"):
+    experiment.build(runs.smoke(eval__judge="grayness"), jax.devices()[:1])
 
 
 def make_head(width, seed=0):

@@ -25,6 +25,8 @@ def config(name, folder, **sizes):
   config.model.path, config.mesh.data = str(folder), 1
   if name == "diff_instruct_star":
     config.model.teacher, config.model.unet = str(folder), str(folder / "unet")
+  if name in ("mapo", "diffusion_dpo"):
+    config.data.pairs = "jaxalign:fixture"
   config.sample.update(sizes)
   return configs_lib.parse(config)
 
