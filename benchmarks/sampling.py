@@ -44,7 +44,7 @@ def ours(path, prompts, steps):
     conditioning = Conditioning(pipeline.encode_prompts(params, ids),
                                 pipeline.encode_prompts(params, uncond_ids))
     trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key,
-                         jnp.arange(ids.shape[0]), pipeline.latent_shape)
+                         jnp.arange(len(prompts)), pipeline.latent_shape)
     return decode_images(pipeline.vae, params["vae"], trajectory.final)
   ids, uncond = jax.device_put(
       (pipeline.tokenize(prompts), pipeline.tokenize([""] * len(prompts))),
