@@ -9,7 +9,6 @@ that are named again replace their record, others stay.
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import sys
 
@@ -18,6 +17,7 @@ import numpy as np
 from jaxalign.command import Flags, run_command
 from jaxalign.configs_lib import load_recipe, parse
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 
 _FLAGS = Flags()
 _RUNS = _FLAGS.define("list", "runs", [], "Folders of finished runs; none draws the page anew.")
@@ -214,10 +214,9 @@ def draw(records: list[dict], title: str, path: pathlib.Path) -> None:
   figure.suptitle(title)
   figure.legend(loc="outside lower left")
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}")
-  figure.savefig(partial, dpi=110)
+  with whole(path) as file:
+    figure.savefig(file, dpi=110)
   pyplot.close(figure)
-  os.replace(partial, path)
 
 
 def page(title: str, records: list[dict], folder: pathlib.Path) -> str:
@@ -261,9 +260,8 @@ def main(argv) -> None:
     raise UserError(f"--runs is empty, and {kept} has no earlier ones")
   records.sort(key=identity)
   folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / ".results.json"
-  partial.write_text(json.dumps(records, indent=1) + "\n")
-  os.replace(partial, kept)
+  with whole(kept) as file:
+    file.write_text(json.dumps(records, indent=1) + "\n")
   output.write_text(page(output.stem.capitalize(), records, folder))
   print(output.read_text())
 

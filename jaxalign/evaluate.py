@@ -16,6 +16,7 @@ import numpy as np
 from jaxalign import configs_lib, rng, sharding
 from jaxalign.command import Flags, run_command
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build, own_sampler, read_prompts
@@ -82,10 +83,9 @@ def main(argv) -> None:
     result = {"base": describe(first), "tuned": compare(now, first, again)}
   text = json.dumps(result, indent=2)
   print(text)                                # first: what took so long is not lost with a full disk
-  partial = output.with_name(f".{output.name}.partial")
   try:
-    partial.write_text(text + "\n")
-    os.replace(partial, output)
+    with whole(output) as file:
+      file.write_text(text + "\n")
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
 

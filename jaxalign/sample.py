@@ -19,6 +19,7 @@ from jaxalign import rng, sharding, viz
 from jaxalign.command import Flags, run_command
 from jaxalign.configs_lib import SampleConfig
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
@@ -106,18 +107,16 @@ def _prompts(text: str) -> list[str]:
 
 def _write(output: pathlib.Path, images: np.ndarray, prompts: list[str]) -> None:
   """Images, then `samples.jsonl` that lists them, then the grid; each but that whole or not."""
-  def whole(name, write):
-    partial = output / f".{name}.partial"
-    write(partial)
-    os.replace(partial, output / name)
   lines = []
   for p, prompt in enumerate(prompts):
     for i, image in enumerate(images[p]):
       name = f"{p:04d}_{i:02d}.png"
-      whole(name, lambda file, image=image: Image.fromarray(image).save(file, format="PNG"))
+      with whole(output / name) as file:
+        Image.fromarray(image).save(file)
       lines.append(json.dumps({"file": name, "prompt": prompt, "seed": _SEED.value,
                                "negative_prompt": _NEGATIVE.value}) + "\n")
-  whole("samples.jsonl", lambda file: file.write_text("".join(lines)))
+  with whole(output / "samples.jsonl") as file:
+    file.write_text("".join(lines))
   viz.save_grid(images[:32], output / "grid.png", row_labels=prompts[:32])
 
 

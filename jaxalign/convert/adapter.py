@@ -7,7 +7,6 @@ rank, and what is read has its scale multiplied into `b`.
 """
 import json
 import math
-import os
 import pathlib
 import re
 
@@ -18,6 +17,7 @@ from flax import traverse_util
 
 from jaxalign.convert import names, weights
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 
 FILE = "pytorch_lora_weights.safetensors"    # what `load_lora_weights` looks for in a folder
 
@@ -59,9 +59,8 @@ def save_adapter(lora, folder, *, dtype: str = "float32") -> pathlib.Path:
       {f"unet.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  partial = folder / f".{FILE}.partial"
-  safetensors.numpy.save_file(tensors, partial, metadata=metadata)
-  os.replace(partial, folder / FILE)
+  with whole(folder / FILE) as file:
+    safetensors.numpy.save_file(tensors, file, metadata=metadata)
   return folder / FILE
 
 

@@ -8,10 +8,10 @@ entry point names what offers `Config` and `make`, a module or an object in one.
 """
 import dataclasses
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxalign import plugins
 from jaxalign.errors import UserError
 from jaxalign.sampling import Sampler, Schedule
 
@@ -122,14 +122,9 @@ def load(name: str):
   Raises:
     UserError: there is none of that name; or two packages add the same one.
   """
-  added = {}
-  for entry in importlib.metadata.entry_points(group="jaxalign.methods"):
-    if entry.name in METHODS or entry.name in added:
-      raise UserError(f"method {entry.name!r} is registered twice; {entry.value} is the second: "
-                      "uninstall or rename one")
-    added[entry.name] = entry.load
+  added = plugins.added("method", METHODS)
   if name in added:
-    return added[name]()
+    return added[name].load()
   if name not in METHODS:
     raise UserError(f"method.name={name!r} is unknown; choose one of "
                     f"{', '.join(sorted({*METHODS, *added}))}")

@@ -299,11 +299,10 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     z, cotangent = jax.lax.optimization_barrier((experience["z"], to_data + alpha * to_reward))
     gradient, = jax.vjp(lambda policy: generate(policy, frozen, z, batch["conditioning"]),
                         state["policy"])[1](cotangent)
-    after = learner.step(state, gradient)
-    for name in ("policy", "optimizer", *(["ema"] if optim.ema else [])):
-      after[name] = jax.tree.map(
-          lambda new, old: jnp.where(n >= cfg.warmup, new, old), after[name], state[name])
-    state = dict(after, norms=norms)
+    before = learner.own(state)
+    learned = jax.tree.map(lambda new, old: jnp.where(n >= cfg.warmup, new, old),
+                           learner.step(before, gradient), before)
+    state = {**state, **learned, "updates": n + 1, "norms": norms}
     return state, {
         "loss/assistant": errors.mean(), "train/grad_norm": optax.tree.norm(gradient),
         "train/alpha": alpha, "train/cotangent_ratio": alpha * now[1] / jnp.maximum(now[0], 1e-12),

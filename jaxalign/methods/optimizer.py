@@ -73,6 +73,11 @@ class Learner:
              "updates": jnp.zeros((), jnp.int32)}
     return {**state, "ema": jax.tree.map(jnp.copy, policy)} if self._decay else state
 
+  def own(self, state: dict) -> dict:
+    """These entries alone."""
+    names = ("policy", "optimizer", "updates", *(["ema"] if self._decay else []))
+    return {name: state[name] for name in names}
+
   def step(self, state: dict, gradient) -> dict:
     """The state after one optimiser step; what else it holds stays as it is."""
     changes, optimizer = self._optimizer.update(gradient, state["optimizer"], state["policy"])

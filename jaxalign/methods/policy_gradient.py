@@ -406,10 +406,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
       # With nothing selected there is nothing to learn from, and no stale momentum to follow.
       return jax.tree.map(lambda a, b: jnp.where(count > 0, a, b), after, before), metrics
 
-    learned = {name: state[name] for name in ("policy", "optimizer", "updates", "ema")
-               if name in state}
     learned, metrics = jax.lax.scan(
-        step, learned, deal(key_deal, index.shape[0], cfg.minibatches, cfg.inner_epochs))
+        step, learner.own(state), deal(key_deal, index.shape[0], cfg.minibatches, cfg.inner_epochs))
     metrics = jax.tree.map(lambda a: a.mean(), metrics)
     metrics["train/kept"] = kept.sum() / rewards.shape[0]
     if cfg.group > 1:

@@ -298,8 +298,7 @@ def make(models: Models, cfg: SFTConfig, optim: OptimConfig) -> Method:
     return {"denoiser_forward": images * (2 if isinstance(cfg, DPOConfig) else 1),
             "denoiser_backward": images, "decodes": 0, "reward_queries": 0, "reward_gradients": 0}
 
-  return Method(init=init, collect=collect, update=update, product=learner.product,
-                cost=cost)
+  return Method(init=init, collect=collect, update=update, product=learner.product, cost=cost)
 
 
 class Kind(NamedTuple):

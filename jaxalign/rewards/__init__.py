@@ -11,7 +11,6 @@ a function without arguments that returns a `Reward` or a `HostReward`.
 """
 import dataclasses
 import importlib
-import importlib.metadata
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import plugins
 from jaxalign.errors import UserError
 
 
@@ -240,17 +240,14 @@ def _find(name: str) -> Reward | HostReward:
       return PRETRAINED[short](where)
     except UserError as error:
       raise UserError(f"reward.names: '{short}': {error}") from error
-  factories = dict(REWARDS)
-  for entry in importlib.metadata.entry_points(group="jaxalign.rewards"):
-    if entry.name in factories:
-      raise UserError(f"reward '{entry.name}' is registered twice; {entry.value} is the second: "
-                      "uninstall or rename one")
-    factories[entry.name] = lambda entry=entry: entry.load()()
-  if name not in factories:
+  added = plugins.added("reward", REWARDS)
+  if name in added:
+    return added[name].load()()
+  if name not in REWARDS:
     raise UserError(f"reward.names: unknown reward '{name}'; choose from "
-                    f"{', '.join(sorted(factories))}, NAME:WHERE with one of "
+                    f"{', '.join(sorted({*REWARDS, *added}))}, NAME:WHERE with one of "
                     f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
-  return factories[name]()
+  return REWARDS[name]()
 
 
 def _pick(prepared, name):

@@ -19,8 +19,7 @@ from jaxalign.train.experiment import (
   read_prompts,
   stored,
 )
-from jaxalign.train.loop import Programs
-from jaxalign.train.plan import PairShapes, held, table_shapes
+from jaxalign.train.plan import held, outlined, table_shapes
 
 
 def describe(cfg: Config, devices=None) -> str:
@@ -47,7 +46,7 @@ def describe(cfg: Config, devices=None) -> str:
       exp, put=placed_shapes, encode=lambda ids: jax.eval_shape(exp.encode, ids))
   images = len(held_out) * cfg.eval.samples if at_inference else cfg.sample.batch
   state = (_search_state(outline, method, held_out, images) if at_inference
-           else _state(outline, method, prompts))
+           else outlined(outline, method, prompts).state_shapes())
 
   lines = [json.dumps(cfg.to_dict(), indent=2), "", _data(cfg, prompts, held_out, pairs), ""]
   lines += _sizes(exp, state, at_inference)
@@ -89,15 +88,8 @@ def _data(cfg: Config, prompts, held_out, pairs) -> str:
   return text if pairs is None else f"{len(pairs)} preference pairs; watched on {text}"
 
 
-def _state(exp: Experiment, method: methods.Method, prompts: list[str]):
-  """The state that is trained, as shapes that say where they lie."""
-  pairs = PairShapes(exp) if exp.config.reads_pairs else None
-  return Programs(exp, method, pairs.shared if pairs else table_shapes(exp, prompts),
-                  jax.random.key(exp.config.seed), pairs).state_shapes()
-
-
 def _search_state(exp: Experiment, method: methods.Method, prompts: list[str], images: int):
-  """The state of all images of a search, the last batch filled up, as in `_state`."""
+  """The state of all images of a search, the last batch filled up, as `Programs.state_shapes`."""
   size = exp.config.sample.batch
   zeros = np.zeros(size, np.int32)
   init = lambda frozen, table: method.init(

@@ -7,7 +7,6 @@ all images make up a run; the outcome of the last one is scored as well.
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -22,6 +21,7 @@ from jaxalign import methods, processes, rng, sharding
 from jaxalign.checkpoint import Checkpointer
 from jaxalign.configs_lib import Config
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 from jaxalign.methods import best_of_n
 from jaxalign.methods.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
@@ -330,6 +330,5 @@ def write_product(folder: pathlib.Path, prompts, noise, best_step, base, tuned) 
               for when, s in (("before", base), ("after", tuned))}
     lines.append(json.dumps({"prompt": prompts[p], "sample": k, "image": f"images/{name}.png",
                              "noise": f"noise/{name}.npz", "step": int(best_step[i]), **scores}))
-  partial = folder / ".instances.jsonl.partial"
-  partial.write_text("".join(line + "\n" for line in lines))
-  os.replace(partial, folder / "instances.jsonl")
+  with whole(folder / "instances.jsonl") as file:
+    file.write_text("".join(line + "\n" for line in lines))

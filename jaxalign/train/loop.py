@@ -112,7 +112,7 @@ def _run(cfg, path, devices, stack) -> dict:
   best = untouched if cfg.train.keep_best else None      # the policy with the best judge score
   untouched = None                       # as large as the model, where all of it is trained
   content = lambda: {"method": state, **({"best": best} if cfg.train.keep_best else {})}
-  progress = steps.begin(float(base_watch.scores["judge"].mean()))
+  progress = {**steps.begin(float(base_watch.scores["judge"].mean())), "update_bytes": 0}
   step, saved = steps.resume(cfg, workdir, checkpoints, content(), progress)
   if step:
     state, best = saved["method"], saved.get("best")

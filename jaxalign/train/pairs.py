@@ -12,6 +12,7 @@ from flax import traverse_util
 from jaxalign import processes, sharding
 from jaxalign.data.pairs import Pairs
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 from jaxalign.models.vae import encode_images
 from jaxalign.sampling import Conditioning
 from jaxalign.train.experiment import Experiment
@@ -115,9 +116,8 @@ def _embedded(exp: Experiment, captions: list[str], file: pathlib.Path):
       print(f"{file} is damaged ({error}) and written anew")
   cond = exp.embed(captions)
   if processes.is_main():
-    partial = file.with_name(f".{file.name}")                  # numpy would append .npz to others
-    np.savez(partial, **traverse_util.flatten_dict(cond, sep="/"))
-    os.replace(partial, file)
+    with whole(file) as partial:
+      np.savez(partial, **traverse_util.flatten_dict(cond, sep="/"))
   processes.barrier("captions embedded")
   return cond
 

@@ -93,11 +93,8 @@ def plan(cfg: Config, target: str, thorough: bool = False) -> str:
   exp = build(cfg, devices, open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                           shapes_only=True))
   method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
-  pairs = PairShapes(exp) if cfg.reads_pairs else None
-  # The run's own prompts: a reward may take no others.
-  shared = pairs.shared if pairs else table_shapes(
-      exp, read_prompts("data.prompts", cfg.data.prompts))
-  programs = Programs(exp, method, shared, jax.random.key(cfg.seed), pairs)
+  prompts = [] if cfg.reads_pairs else read_prompts("data.prompts", cfg.data.prompts)
+  programs = outlined(exp, method, prompts)
   state = programs.state_shapes()
   needs = {}
   with processes.progress(total=2, desc="tracing", unit="program", leave=False) as bar:
@@ -134,6 +131,17 @@ def find_chips(target: str):
     raise UserError(f"--plan={target}: no compiler for it ({reason}); `pip install libtpu` brings "
                     "one") from error
   return CHIPS[kind], devices
+
+
+def outlined(exp: Experiment, method: methods.Method, prompts: list[str]) -> Programs:
+  """The programs of a run, of whose data there are only shapes.
+
+  Args:
+    prompts: the run's own, as a reward may take no others; not asked where pairs are read.
+  """
+  pairs = PairShapes(exp) if exp.config.reads_pairs else None
+  return Programs(exp, method, pairs.shared if pairs else table_shapes(exp, prompts),
+                  jax.random.key(exp.config.seed), pairs)
 
 
 def table_shapes(exp: Experiment, prompts: list[str]) -> dict:

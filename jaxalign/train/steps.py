@@ -20,7 +20,7 @@ def begin(judge: float) -> dict:
   saved, on SIGTERM, before the evaluation of that step.
   """
   return {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
-          "update_bytes": 0, "best_judge": judge}
+          "best_judge": judge}
 
 
 def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, progress: dict):

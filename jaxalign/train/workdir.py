@@ -16,6 +16,7 @@ from tensorboardX import SummaryWriter
 from jaxalign import processes
 from jaxalign.configs_lib import Config, completed
 from jaxalign.errors import UserError
+from jaxalign.files import whole
 from jaxalign.train.evaluation import Samples
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.
@@ -87,9 +88,8 @@ class Workdir:
     """Writes a JSON file that appears whole or not at all."""
     if not processes.is_main():
       return
-    partial = self.path / f".{name}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, self.path / name)
+    with whole(self.path / name) as file:
+      file.write_text(json.dumps(content, indent=2) + "\n")
 
   def open_metrics(self, step: int, tensorboard: bool) -> None:
     """Cuts metrics.jsonl back to `step` and opens it for appending."""
@@ -104,9 +104,8 @@ class Workdir:
           kept.append(line + "\n")
       except ValueError:     # the line during which the run died
         break
-    partial = self.path / ".metrics.jsonl.partial"
-    partial.write_text("".join(kept))
-    os.replace(partial, file)
+    with whole(file) as partial:
+      partial.write_text("".join(kept))
     self._metrics = file.open("a")
     if tensorboard:
       self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
@@ -145,9 +144,8 @@ class Workdir:
       return
     file = self.path / "evaluations" / f"{name}.npz"
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_name(f".{name}.partial.npz")
-    np.savez(partial, **samples.arrays())
-    os.replace(partial, file)
+    with whole(file) as partial:
+      np.savez(partial, **samples.arrays())
 
 
 def environment() -> dict:

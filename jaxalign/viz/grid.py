@@ -1,9 +1,10 @@
 """Grids of images with labels, as PNG."""
-import os
 import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from jaxalign.files import whole
 
 _PAGE = (240, 241, 244)  # not white: many images have a white background
 _INK = (40, 43, 52)
@@ -111,9 +112,6 @@ def _wrap(text, font, width):
 
 
 def _save(page, path):
-  """Writes beside the target and renames, so that nobody ever reads half a picture."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  page.save(partial, format="PNG")
-  os.replace(partial, path)
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  with whole(path) as file:
+    page.save(file, format="PNG")
