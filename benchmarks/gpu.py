@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import configs_lib, methods
+from jaxalign.config import recipes, registry, schema
 from jaxalign.models.architectures import ARCHITECTURES, architecture
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.sampling import Conditioning, guided_eps, rollout
@@ -62,23 +62,23 @@ class RandomPairs:
                       "origin": np.repeat(self._origin, len(ids), 0)}}
 
 
-def config(method: str, args) -> configs_lib.Config:
+def config(method: str, args) -> schema.Config:
   """The same small run for every method: LoRA, `args.batch` samples or pairs, 10 steps."""
-  cfg = configs_lib.default(method)
+  cfg = recipes.default(method)
   cfg.model.dtype, cfg.model.remat = args.dtype, "block"
   cfg.reward.names = ("brightness",)             # the reward network is not what is timed
   cfg.sample.batch, cfg.sample.steps, cfg.sample.guidance = args.batch, 10, 5.0
   cfg.mesh.data = 1
   if method == "ddpo":
     cfg.method.group, cfg.method.minibatches = 1, 1
-  return configs_lib.parse(cfg)
+  return recipes.parse(cfg)
 
 
 def time_update(name: str, pipeline, args) -> float:
   """Seconds of collecting and updating with one method."""
   cfg = config(name, args)
   exp = build(cfg, jax.devices()[:1], pipeline)
-  method = methods.load(name).make(exp.models, cfg.method, cfg.optim)
+  method = registry.load_method(name).make(exp.models, cfg.method, cfg.optim)
   prompts, root = ["a cat on a red background"], jax.random.key(0)
   pairs = RandomPairs(exp, args.batch) if cfg.reads_pairs else None
   table = pairs.shared if pairs else exp.prompt_table(prompts)

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxalign import sharding
 from jaxalign.convert import load_pipeline
+from jaxalign.devices import sharding
 from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
 

@@ -15,7 +15,8 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxalign import configs_lib, methods, rng
+from jaxalign.config import recipes, registry
+from jaxalign.devices import rng
 from jaxalign.sampling import guided_eps
 from jaxalign.train.experiment import build, gather, read_prompts
 from jaxalign.train.loop import Programs
@@ -27,10 +28,10 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "timed calls of each")
 
 def main(argv):
   del argv
-  cfg = configs_lib.parse(_CONFIG.value)
+  cfg = recipes.parse(_CONFIG.value)
   exp = build(cfg)
   models, frozen = exp.models, exp.frozen
-  method = methods.load(cfg.method_name).make(models, cfg.method, cfg.optim)
+  method = registry.load_method(cfg.method_name).make(models, cfg.method, cfg.optim)
   prompts = read_prompts("data.prompts", cfg.data.prompts)
   table, root = exp.prompt_table(prompts), jax.random.key(0)
   programs = Programs(exp, method, table, root)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxalign import configs_lib, rng
+from jaxalign.config import recipes
+from jaxalign.devices import rng
 from jaxalign.methods import nabla_gfn
 from jaxalign.sampling import expand, guided_eps, initial_noise, rollout, step_noise
 from jaxalign.train.experiment import build, gather, read_prompts
@@ -24,7 +25,7 @@ _SAMPLES = flags.DEFINE_integer("samples", 32, "samples, and samples per prompt 
 
 def main(argv):
   del argv
-  exp = build(configs_lib.parse(configs_lib.default("nabla_gfn")))
+  exp = build(recipes.parse(recipes.default("nabla_gfn")))
   models, frozen, sampler = exp.models, exp.frozen, exp.models.sampler
   prompts = read_prompts("prompts", "jaxalign:emoji_heldout")
   table, n = exp.prompt_table(prompts), _SAMPLES.value

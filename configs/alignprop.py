@@ -8,17 +8,17 @@ Arguments after a colon:
   sd15     published settings for Stable Diffusion 1.x and an aesthetic score that aims at 10; not
            measured here. Give --config.model.path, --config.reward.names and --config.data.prompts
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"))
-  config = configs_lib.default("alignprop", "alignprop:" + (arg or "emoji"))
+  size, _ = recipes.split_argument(arg, ("emoji", "smoke", "sd15"))
+  config = recipes.default("alignprop", "alignprop:" + (arg or "emoji"))
   if size == "emoji":
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
   else:
     config.model.path = ""                  # --config.model.path=DIR
     config.train.patience = 0               # the judge knows emoji only

@@ -10,13 +10,13 @@ Arguments after a colon, separated by commas:
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
   b2_paper, b2_code    method presets, see docs/methods/b2_diffurl.md
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.methods.b2_diffurl import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
-  config = configs_lib.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
+  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
+  config = recipes.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
   if size == "emoji":
     config.reward.names = ("emoji_styled",)
     config.data.prompts, config.data.eval_prompts = (
@@ -29,7 +29,7 @@ def get_config(arg="emoji"):
     config.train.patience = 0                   # the judge is reported, and stops nothing
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 156
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.method.interval_stages = 2
   else:
     # The published stage of 256 roots and 100 stages, as eight times as many updates of 32 roots:

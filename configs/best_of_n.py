@@ -12,12 +12,12 @@ Arguments after a colon:
   sd15, sdxl    beside configs/dno.py:sd15 and :sdxl; not measured here. Give --config.model.path
            and --config.reward.names
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
-  config = configs_lib.default("best_of_n", "best_of_n:" + (arg or "emoji"))
+  size, _ = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"))
+  config = recipes.default("best_of_n", "best_of_n:" + (arg or "emoji"))
   config.train.patience = 0                     # the judge is reported, and stops nothing
   config.eval.every = 0
   if size == "emoji":
@@ -26,7 +26,7 @@ def get_config(arg="emoji"):
     config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
     config.train.steps, config.train.checkpoint_every = 3 * (20 + 1) - 1, 21
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
   else:
     config.model.path = ""                      # --config.model.path=DIR
     config.model.dtype = "bfloat16"

@@ -11,12 +11,12 @@ Arguments after a colon:
   sdxl     the same for Stable Diffusion XL at 1024 px in bfloat16, with the clip range for latents
            four times as large; nothing is published
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "emoji_clip", "smoke", "sd15", "sdxl"))
-  config = configs_lib.default("ddpo", "ddpo:" + (arg or "emoji"))
+  size, _ = recipes.split_argument(arg, ("emoji", "emoji_clip", "smoke", "sd15", "sdxl"))
+  config = recipes.default("ddpo", "ddpo:" + (arg or "emoji"))
   if size in ("emoji", "emoji_clip"):
     # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
@@ -35,7 +35,7 @@ def get_config(arg="emoji"):
       config.train.patience = 0                 # the judge is reported, and stops nothing
       config.optim.lr = 5e-4
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.method.minibatches, config.method.inner_epochs, config.method.min_count = 2, 2, 2
     config.method.clip_range = 6.4e-3
   else:

@@ -6,12 +6,12 @@ Arguments after a colon: emoji (default), smoke, sdxl, as in configs/diff_instru
 """
 import pathlib
 
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  arg, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sdxl"))
+  arg, _ = recipes.split_argument(arg, ("emoji", "smoke", "sdxl"))
   star = pathlib.Path(__file__).with_name("diff_instruct_star.py")
-  config = configs_lib.load_recipe(f"{star}:{arg},diff_instruct_pp")
+  config = recipes.load_recipe(f"{star}:{arg},diff_instruct_pp")
   config.recipe = f"diff_instruct_pp:{arg}"
   return config

@@ -11,15 +11,15 @@ Arguments after a colon, joined by commas:
            first guesses, not measured
   exact    the full gradient; sim: no reward; diff_instruct_pp: KL in place of pseudo-Huber
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.methods.diff_instruct_star import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sdxl"), PRESETS)
-  config = configs_lib.default("diff_instruct_star", "diff_instruct_star:" + (arg or "emoji"))
+  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sdxl"), PRESETS)
+  config = recipes.default("diff_instruct_star", "diff_instruct_star:" + (arg or "emoji"))
   if size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.sample.timestep = 625
     config.method.assistant_steps = 2
   config.sample.kind, config.sample.steps, config.sample.guidance = "one_step", 1, 1.0

@@ -17,22 +17,22 @@ Arguments after a colon:
 The paper states lr = 2.048e-8 (2000 / beta); its launch scripts amount to 2.05e-5, a thousand times
 as much. The recipes have the 1e-6 in between at which others found the former to train too little.
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, configs_lib.PAIR_SIZES)
-  config = configs_lib.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
-  if size == "emoji" or size in configs_lib.MISMATCH:
-    configs_lib.make_emoji_pairs(config, size)
+  size, _ = recipes.split_argument(arg, recipes.PAIR_SIZES)
+  config = recipes.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
+  if size == "emoji" or size in recipes.MISMATCH:
+    recipes.make_emoji_pairs(config, size)
     # 2000 scaled from 16384 latent elements to 256 is 31, which lets the judge fall by 0.14.
     config.method.beta = 200.0
     config.optim.lr = 4e-4
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.data.pairs = "jaxalign:fixture"
   else:
-    configs_lib.make_pick_a_pic(config)
+    recipes.make_pick_a_pic(config)
     config.method.beta = 2000.0 if size == "sd15" else 5000.0
     config.method.prompt_dropout = 0.2
     config.optim.lr, config.optim.warmup = 1e-6, 500

@@ -6,14 +6,14 @@ Its export is shipped as `jaxalign:emoji_onestep` (`python -m jaxalign.pretrain.
 configs/diff_instruct_star.py starts. Argument after a colon: emoji (default; 15 minutes on two CPU
 cores, measured in the generator's card), or smoke: random-weight fixture, three updates.
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke"))
-  config = configs_lib.default("diff_instruct_star", "distill_emoji_onestep:" + size)
+  size, _ = recipes.split_argument(arg, ("emoji", "smoke"))
+  config = recipes.default("diff_instruct_star", "distill_emoji_onestep:" + size)
   if size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
   else:
     config.model.adapter = "full"
     config.data.prompts = "jaxalign:emoji_captions"

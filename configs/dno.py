@@ -17,13 +17,13 @@ Arguments after a colon, separated by commas:
   sdxl     the same for Stable Diffusion XL
   release  what the published scripts compute, see docs/methods/dno.md
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.methods.dno import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
-  config = configs_lib.default("dno", "dno:" + (arg or "emoji"))
+  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  config = recipes.default("dno", "dno:" + (arg or "emoji"))
   config.optim.b2 = 0.999
   config.train.patience = 0                     # the judge is reported, and stops nothing
   if size == "emoji":
@@ -34,7 +34,7 @@ def get_config(arg="emoji"):
     config.optim.lr = 1e-1
     config.method.rival, config.method.remat = True, "none"
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.optim.lr = 2e-2
     config.method.rival, config.method.permutations, config.method.remat = True, 2, "none"
   else:

@@ -11,19 +11,19 @@ Arguments after a colon, separated by commas:
   sdxl     the same for Stable Diffusion XL in bfloat16, for which nothing is published
   full, one, lv    DRaFT through all steps, DRaFT-1, DRaFT-LV
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.methods.reward_gradient import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
-  config = configs_lib.default("draft", "draft:" + (arg or "emoji"))
+  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  config = recipes.default("draft", "draft:" + (arg or "emoji"))
   if size == "emoji":
     config.method.backprop_steps = 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.method.backprop_steps = 2       # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR

@@ -16,22 +16,22 @@ Arguments after a colon, joined by commas:
   release, paper_power, paper_scaled    the objective of the released code, and two readings of the
            paper's equation 11, at beta = 8
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.methods.preference import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, configs_lib.PAIR_SIZES, PRESETS)
-  config = configs_lib.default("mapo", "mapo:" + (arg or "emoji"))
-  if size == "emoji" or size in configs_lib.MISMATCH:
-    configs_lib.make_emoji_pairs(config, size)
+  size, presets = recipes.split_argument(arg, recipes.PAIR_SIZES, PRESETS)
+  config = recipes.default("mapo", "mapo:" + (arg or "emoji"))
+  if size == "emoji" or size in recipes.MISMATCH:
+    recipes.make_emoji_pairs(config, size)
     config.method.logit_scale = 200.0       # margins of the base model then have std 1.8
     config.method.weight = 0.3              # 0.1 stays at +0.25
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.data.pairs = "jaxalign:fixture"
   else:
-    configs_lib.make_pick_a_pic(config)
+    recipes.make_pick_a_pic(config)
     config.optim.lr, config.optim.decay_steps = 1e-7, 2000
     if not presets:
       presets = ["paper_power"]

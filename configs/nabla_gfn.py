@@ -11,13 +11,13 @@ Arguments after a colon, separated by commas:
   sdxl     the same for Stable Diffusion XL, for which nothing is published
   paper, release, no_flow, final_latent    method presets, see docs/methods/nabla_gfn.md
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.methods.nabla_gfn import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
-  config = configs_lib.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
+  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  config = recipes.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
   if size == "emoji":
     # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
     # prompt share, which is what a policy can learn.
@@ -26,7 +26,7 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 32
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
   else:
     config.model.path = ""                      # --config.model.path=DIR
     config.model.lora_rank = 8

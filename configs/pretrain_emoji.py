@@ -7,12 +7,12 @@ Arguments after a colon:
   emoji    new weights (default)
   smoke    three steps of a tiny one
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.pretrain import config as pretrain
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke"))
+  size, _ = recipes.split_argument(arg, ("emoji", "smoke"))
   config = pretrain.default("emoji", "pretrain_emoji:" + size)
   config.optim.lr, config.optim.warmup, config.optim.ema = 1e-3, 200, 0.998
   config.optim.weight_decay = 1e-2

@@ -8,12 +8,12 @@ The first needs the autoencoder: the shipped one, or --config.task.vae=DIR. The 
 trained with that of version 0 of the model. A second argument after a comma, `smoke`: three steps
 of a tiny one.
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.pretrain import config as pretrain
 
 
 def get_config(arg="emoji_clip"):
-  task, smoke = configs_lib.split_argument(arg, ("emoji_clip", "emoji_judge"), ("smoke",))
+  task, smoke = recipes.split_argument(arg, ("emoji_clip", "emoji_judge"), ("smoke",))
   config = pretrain.default(task, "pretrain_emoji_scorers:" + ",".join([task, *smoke]))
   clip = task == "emoji_clip"
   config.seed = 1 if clip else 2

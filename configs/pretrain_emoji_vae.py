@@ -5,12 +5,12 @@
 
 Argument after a colon: `smoke` for three steps of a tiny one.
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.pretrain import config as pretrain
 
 
 def get_config(arg=""):
-  configs_lib.split_argument(arg, ("emoji", "smoke"))
+  recipes.split_argument(arg, ("emoji", "smoke"))
   config = pretrain.default("emoji_vae", "pretrain_emoji_vae:" + (arg or "emoji"))
   config.optim.lr, config.optim.warmup, config.optim.ema = 1.5e-3, 100, 0.998
   config.train.steps, config.train.look_every = 1600, 400

@@ -9,17 +9,17 @@ Arguments after a colon:
            measured here. Give --config.model.path, --config.reward.names and
            --config.data.prompts; the target of 2 is in units of ImageReward
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, ("emoji", "smoke", "sd15"))
-  config = configs_lib.default("refl", "refl:" + (arg or "emoji"))
+  size, _ = recipes.split_argument(arg, ("emoji", "smoke", "sd15"))
+  config = recipes.default("refl", "refl:" + (arg or "emoji"))
   if size == "emoji":
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.method.window = 2               # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR

@@ -14,21 +14,21 @@ Arguments after a colon:
            trained; not measured
   sdxl     the same for SDXL; not measured
 """
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = configs_lib.split_argument(arg, configs_lib.PAIR_SIZES)
-  config = configs_lib.default("sft", "sft:" + (arg or "emoji"))
-  if size == "emoji" or size in configs_lib.MISMATCH:
-    configs_lib.make_emoji_pairs(config, size)
+  size, _ = recipes.split_argument(arg, recipes.PAIR_SIZES)
+  config = recipes.default("sft", "sft:" + (arg or "emoji"))
+  if size == "emoji" or size in recipes.MISMATCH:
+    recipes.make_emoji_pairs(config, size)
     config.sample.batch = 64                # as many images per update as the others have
     config.optim.lr = 2e-3
   elif size == "smoke":
-    configs_lib.make_smoke(config)
+    recipes.make_smoke(config)
     config.data.pairs = "jaxalign:fixture"
   else:
-    configs_lib.make_pick_a_pic(config)
+    recipes.make_pick_a_pic(config)
     config.method.prompt_dropout = 0.2
     config.optim.lr, config.optim.warmup = 1e-9, 500
   return config

@@ -14,10 +14,10 @@ import sys
 
 import numpy as np
 
-from jaxalign.command import Flags, run_command
-from jaxalign.configs_lib import load_recipe, parse
+from jaxalign.config.command import Flags, run_command
+from jaxalign.config.recipes import load_recipe, parse
 from jaxalign.errors import UserError
-from jaxalign.files import whole
+from jaxalign.storage.files import whole
 
 _FLAGS = Flags()
 _RUNS = _FLAGS.define("list", "runs", [], "Folders of finished runs; none draws the page anew.")

@@ -13,11 +13,12 @@ import sys
 import jax
 import numpy as np
 
-from jaxalign import configs_lib, rng, sharding
-from jaxalign.command import Flags, run_command
+from jaxalign.config import recipes, schema
+from jaxalign.config.command import Flags, run_command
+from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
-from jaxalign.files import whole
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.storage.files import whole
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build, own_sampler, read_prompts
 from jaxalign.train.restore import load_tuned, run_config
@@ -52,7 +53,7 @@ def main(argv) -> None:
   tuned = load_tuned(checkpoint)
   base_path = _BASE.value or (cfg.model.path if cfg else None)
   if cfg is None:
-    cfg = dataclasses.replace(configs_lib.parse(configs_lib.default("nabla_gfn")),
+    cfg = dataclasses.replace(recipes.parse(recipes.default("nabla_gfn")),
                               sample=own_sampler(tuned))
   cfg = _with_flags(cfg)
   # As many of this machine's devices as divide the batches, however many the run had.
@@ -63,7 +64,7 @@ def main(argv) -> None:
       lora=cfg.model.lora if cfg.merges_lora else "")
   if _BASE.value:                    # what was put into the run's own model is no part of this one
     model = dataclasses.replace(model, unet="", lora="")
-  cfg = dataclasses.replace(cfg, model=model, mesh=configs_lib.MeshConfig(shards))
+  cfg = dataclasses.replace(cfg, model=model, mesh=schema.MeshConfig(shards))
   exp = build(cfg)
   if base_path is not None:
     _check_comparable(base_path, exp.pipeline, checkpoint, tuned)
@@ -100,13 +101,13 @@ def _check_output(output: pathlib.Path) -> None:
     raise UserError(f"--output={output}: {output.parent} cannot be written")
 
 
-def _with_flags(cfg: configs_lib.Config) -> configs_lib.Config:
+def _with_flags(cfg: schema.Config) -> schema.Config:
   """The config with what the command line chooses."""
   given = lambda **flags: {name: flag.value for name, flag in flags.items()
                            if flag.value is not None}
   reward = cfg.reward
   if _REWARD.value:
-    reward = configs_lib.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
+    reward = schema.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
   return dataclasses.replace(
       cfg, seed=_SEED.value, reward=reward,
       model=dataclasses.replace(cfg.model, **given(dtype=_DTYPE)),

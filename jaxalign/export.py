@@ -8,7 +8,7 @@ PyTorch pipeline of the base model.
 import pathlib
 import sys
 
-from jaxalign.command import Flags, run_command
+from jaxalign.config.command import Flags, run_command
 from jaxalign.convert import save_adapter, save_pipeline
 from jaxalign.errors import UserError
 from jaxalign.train.restore import load_adapter_of, load_tuned

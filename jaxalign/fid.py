@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxalign import metrics, processes, sharding
-from jaxalign.command import Flags, run_command
+from jaxalign import metrics
+from jaxalign.config.command import Flags, run_command
+from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.metrics.inception import Inception, fit, load_inception
 

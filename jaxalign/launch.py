@@ -7,8 +7,10 @@ import sys
 
 from ml_collections import config_flags
 
-from jaxalign import configs_lib, processes, train
-from jaxalign.command import Flags, run_command
+from jaxalign import train
+from jaxalign.config import recipes
+from jaxalign.config.command import Flags, run_command
+from jaxalign.devices import processes
 from jaxalign.errors import UserError
 
 _FLAGS = Flags()
@@ -28,7 +30,7 @@ def main(argv) -> None:
   del argv
   if "task" in _CONFIG.value:
     return _pretrain(_CONFIG.value)
-  cfg = configs_lib.parse(_CONFIG.value)
+  cfg = recipes.parse(_CONFIG.value)
   if _DRY_RUN.value:
     from jaxalign.train.dry_run import describe
     train.start_devices(cfg)           # as the run does: the mesh is to be its own

@@ -15,8 +15,9 @@ import sys
 import jax
 import numpy as np
 
-from jaxalign import metrics, processes, sharding
-from jaxalign.command import Flags, run_command
+from jaxalign import metrics
+from jaxalign.config.command import Flags, run_command
+from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.fid import image_files, read_image
 from jaxalign.metrics.lpips import NETWORKS, load_lpips, lpips

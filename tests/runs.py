@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 from unittest import mock
 
-from jaxalign import configs_lib
+from jaxalign.config import recipes, schema
 from jaxalign.methods import nabla_gfn
 from jaxalign.train import loop
 
@@ -25,10 +25,10 @@ TRACES = collections.Counter()      # of the method's functions, in the run `fin
 
 def recipe(argument: str = "smoke", name: str = "nabla_gfn"):
   """The ConfigDict of `configs/NAME.py`."""
-  return configs_lib.load_recipe(f"{ROOT / 'configs' / name}.py:{argument}")
+  return recipes.load_recipe(f"{ROOT / 'configs' / name}.py:{argument}")
 
 
-def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> configs_lib.Config:
+def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> schema.Config:
   """Config of a smoke recipe on one device; overrides as `train__steps=2`."""
   config = recipe(argument, method)
   config.data.prompts, config.data.eval_prompts = str(TRAIN), str(HELD_OUT)
@@ -36,7 +36,7 @@ def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> co
   for path, value in overrides.items():
     group, _, key = path.rpartition("__")
     (config[group] if group else config)[key] = value
-  return configs_lib.parse(config)
+  return recipes.parse(config)
 
 
 def program_key(cfg, devices) -> str:

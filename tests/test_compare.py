@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxalign import compare, configs_lib
+from jaxalign import compare
+from jaxalign.config import recipes
 from jaxalign.errors import UserError
 
 
@@ -73,7 +74,7 @@ def test_tasks_are_apart_by_base_model_and_pairs(tmp_path):
 
 def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):
   """Its row says what is different, but for the task and what only watches."""
-  config = configs_lib.parse(configs_lib.load_recipe("jaxalign:ddpo:emoji")).to_dict()
+  config = recipes.parse(recipes.load_recipe("jaxalign:ddpo:emoji")).to_dict()
   config["method"]["step_weights"], config["optim"]["lr"] = "uniform", 3e-3
   config["eval"]["every"], config["reward"]["names"] = 7, ["emoji_clip"]
   run = write_run(tmp_path / "run")

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from jaxalign import sharding
+from jaxalign.devices import sharding
 
 NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))

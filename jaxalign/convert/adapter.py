@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from jaxalign.convert import names, weights
 from jaxalign.errors import UserError
-from jaxalign.files import whole
+from jaxalign.storage.files import whole
 
 FILE = "pytorch_lora_weights.safetensors"    # what `load_lora_weights` looks for in a folder
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from jaxalign.command import exit_status
+from jaxalign.config.command import exit_status
 from jaxalign.errors import UserError
 
 VERSION = "16.0.0"

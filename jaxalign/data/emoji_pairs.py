@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from jaxalign.command import exit_status
+from jaxalign.config.command import exit_status
 from jaxalign.data.emoji import (
     COLOURS,
     CORE_CATEGORIES,

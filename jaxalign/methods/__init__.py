@@ -7,33 +7,10 @@ Other packages add methods that train weights through the entry point group `jax
 entry point names what offers `Config` and `make`, a module or an object in one.
 """
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxalign import plugins
-from jaxalign.errors import UserError
 from jaxalign.sampling import Sampler, Schedule
-
-# name -> what offers `Config` (a validated dataclass) and `make(models, cfg, optim) -> Method`: a
-# module, or `module:object` where one file holds several methods.
-METHODS = {
-    "alignprop": "jaxalign.methods.reward_gradient:alignprop",
-    "b2_diffurl": "jaxalign.methods.b2_diffurl",
-    "best_of_n": "jaxalign.methods.best_of_n",
-    "ddpo": "jaxalign.methods.policy_gradient",
-    "diff_instruct_star": "jaxalign.methods.diff_instruct_star",
-    "diffusion_dpo": "jaxalign.methods.preference:diffusion_dpo",
-    "dno": "jaxalign.methods.dno",
-    "draft": "jaxalign.methods.reward_gradient:draft",
-    "mapo": "jaxalign.methods.preference:mapo",
-    "nabla_gfn": "jaxalign.methods.nabla_gfn",
-    "refl": "jaxalign.methods.reward_gradient:refl",
-    "sft": "jaxalign.methods.preference:sft",
-}
-# Those that train no weights. Their state is one row per image, their product that image's noise;
-# `train/inference.py` runs them.
-AT_INFERENCE = ("best_of_n", "dno")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +91,3 @@ class Method:
   product: Callable
   cost: Callable
   tilt: Callable | None = None
-
-
-def load(name: str):
-  """What offers method `name`.
-
-  Raises:
-    UserError: there is none of that name; or two packages add the same one.
-  """
-  added = plugins.added("method", METHODS)
-  if name in added:
-    return added[name].load()
-  if name not in METHODS:
-    raise UserError(f"method.name={name!r} is unknown; choose one of "
-                    f"{', '.join(sorted({*METHODS, *added}))}")
-  module, _, inside = METHODS[name].partition(":")
-  module = importlib.import_module(module)
-  return getattr(module, inside) if inside else module

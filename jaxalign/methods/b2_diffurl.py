@@ -19,7 +19,7 @@ The method is `policy_gradient` with these options; this file holds their values
 import dataclasses
 from typing import Annotated, Any
 
-from jaxalign.fields import Count, Range, Whole
+from jaxalign.config.fields import Count, Range, Whole
 from jaxalign.methods import policy_gradient
 
 make = policy_gradient.make

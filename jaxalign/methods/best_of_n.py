@@ -11,10 +11,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxalign.fields import check
+from jaxalign.config.fields import check
+from jaxalign.config.schema import OptimConfig
 from jaxalign.methods import Method, Models
 from jaxalign.methods.noise import draw, generate
-from jaxalign.methods.optimizer import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)

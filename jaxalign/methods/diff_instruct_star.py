@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import rng
+from jaxalign.config.fields import Count, Fraction, NonNegative, Whole, check
+from jaxalign.config.schema import OptimConfig
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import Learner, OptimConfig, make_optimizer
+from jaxalign.methods.optimizer import Learner, make_optimizer
 from jaxalign.sampling import guided, initial_noise, rollout
 from jaxalign.sampling.schedule import expand
 

@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign import rng
+from jaxalign.config.fields import Count, Fraction, NonNegative, Whole, check
+from jaxalign.config.schema import OptimConfig
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
 from jaxalign.methods import Method, Models
 from jaxalign.methods.noise import (
   draw,
@@ -41,7 +42,7 @@ from jaxalign.methods.noise import (
   prno_per_vector,
   spectrum_score,
 )
-from jaxalign.methods.optimizer import OptimConfig, learning_rate
+from jaxalign.methods.optimizer import learning_rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,15 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxalign.config.fields import Count, Fraction, NonNegative, check
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, Fraction, NonNegative, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import (
-  OptimConfig,
-  accumulated_gradients,
-  ema_update,
-  make_optimizer,
-)
+from jaxalign.methods.optimizer import accumulated_gradients, ema_update, make_optimizer
 from jaxalign.sampling import expand, guided_eps, rollout
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import rng
+from jaxalign.devices import rng
 from jaxalign.methods import Models
 from jaxalign.sampling import Sampler, differentiable_rollout, guided_eps
 

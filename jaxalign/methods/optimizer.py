@@ -1,41 +1,9 @@
 """Optimisation shared by all methods: optax chains, gradient accumulation, moving averages."""
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign.fields import Count, Fraction, NonNegative, Whole, check
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-  """Keys of the `optim` group.
-
-  Attributes:
-    lr: AdamW learning rate of the policy, reached after `warmup` optimiser steps.
-    decay_steps: cosine decay of the rate to 0 over this many optimiser steps after the warm-up; 0
-      is off and keeps the rate. A method may take several optimiser steps per update.
-    b1, b2: moment decays. eps: added to the root of the second moment; one that is large beside the
-      gradients makes AdamW plain momentum with rate `lr / eps`. weight_decay: decoupled.
-    clip_norm: of the global gradient norm; 0 is off.
-    accumulate: micro-batches per update; their gradients are averaged in f32.
-    ema: decay of the policy's moving average in (0, 1), warmed up; 0 is off and exports raw
-      weights.
-  """
-  lr: NonNegative = 3e-4
-  b1: Fraction = 0.9
-  b2: Fraction = 0.99
-  eps: NonNegative = 1e-8
-  weight_decay: NonNegative = 0.0
-  clip_norm: NonNegative = 1.0
-  warmup: Whole = 0
-  decay_steps: Whole = 0
-  accumulate: Count = 1
-  ema: Fraction = 0.0
-
-  def __post_init__(self):
-    check("optim", self)
+from jaxalign.config.schema import OptimConfig
 
 
 def learning_rate(cfg: OptimConfig) -> optax.Schedule:

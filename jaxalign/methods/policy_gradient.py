@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxalign.config.fields import Count, NonNegative, Range, Whole, check
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, NonNegative, Range, Whole, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import Learner, OptimConfig, accumulated_gradients
+from jaxalign.methods.optimizer import Learner, accumulated_gradients
 from jaxalign.sampling import guided_eps, rollout
 
 Advantage = Literal["prompt", "batch", "group_z", "group_center", "group_loo"]

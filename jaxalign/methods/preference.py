@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxalign import rng
+from jaxalign.config.fields import Fraction, NonNegative, check
+from jaxalign.config.schema import OptimConfig
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.fields import Fraction, NonNegative, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import Learner, OptimConfig, accumulated_gradients
+from jaxalign.methods.optimizer import Learner, accumulated_gradients
 
 
 @dataclasses.dataclass(frozen=True)

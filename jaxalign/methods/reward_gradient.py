@@ -31,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import rng
+from jaxalign.config.fields import Count, NonNegative, Whole, check
+from jaxalign.config.schema import OptimConfig
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, NonNegative, Whole, check
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import Learner, OptimConfig, accumulated_gradients
+from jaxalign.methods.optimizer import Learner, accumulated_gradients
 from jaxalign.sampling import guided_eps, replay, rollout
 
 

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.sharding import BATCH, batch_shards
+from jaxalign.devices.sharding import BATCH, batch_shards
 
 # Below so many tokens the matrix is small, and XLA's own attention as fast.
 LONG = 1024

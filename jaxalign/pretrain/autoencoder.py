@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign.config.fields import Count, Fraction, NonNegative, check
 from jaxalign.convert import weights
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, Fraction, NonNegative, check
 from jaxalign.models.vae import AutoencoderKL
 from jaxalign.pretrain import Look, Task
 

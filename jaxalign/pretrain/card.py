@@ -13,10 +13,11 @@ import sys
 
 import numpy as np
 
-from jaxalign import sharding, viz
-from jaxalign.command import exit_status
+from jaxalign import viz
+from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
+from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images, encode_images
 from jaxalign.pretrain import autoencoder, quality, scorers

@@ -6,11 +6,11 @@ from typing import Any
 import ml_collections
 
 from jaxalign import pretrain
-from jaxalign.configs_lib import build_group, check_seed
+from jaxalign.config.fields import Count, check
+from jaxalign.config.recipes import build_group
+from jaxalign.config.schema import OptimConfig, check_seed
 from jaxalign.data.emoji import CORE_CATEGORIES
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, check
-from jaxalign.methods.optimizer import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)

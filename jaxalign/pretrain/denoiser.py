@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxalign.config.fields import Count, Fraction, check
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, Fraction, check
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.vae import encode_images

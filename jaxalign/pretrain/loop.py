@@ -15,12 +15,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jaxalign import pretrain, rng, sharding, viz
-from jaxalign.checkpoint import Checkpointer
+from jaxalign import pretrain, viz
 from jaxalign.data import emoji
+from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods.optimizer import ema_update, make_optimizer
 from jaxalign.pretrain.config import PretrainConfig
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.workdir import Workdir
 
 

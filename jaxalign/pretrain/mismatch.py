@@ -22,9 +22,10 @@ import sys
 import numpy as np
 from PIL import Image, ImageFilter
 
-from jaxalign import metrics, sharding
-from jaxalign.command import exit_status
+from jaxalign import metrics
+from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
+from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.pretrain import quality
 from jaxalign.rewards.emoji import ASSETS, emoji_clip, emoji_judge

@@ -12,10 +12,11 @@ import sys
 
 import numpy as np
 
-from jaxalign import metrics, sharding
-from jaxalign.command import exit_status
+from jaxalign import metrics
+from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.data import emoji
+from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.pretrain import card, quality
 from jaxalign.rewards.emoji import ASSETS, emoji_judge

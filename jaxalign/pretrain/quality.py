@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxalign import sharding
 from jaxalign.data import emoji
+from jaxalign.devices import sharding
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
 from jaxalign.rewards.emoji import emoji_clip, emoji_judge

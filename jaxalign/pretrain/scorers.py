@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import rng
+from jaxalign.config.fields import Count, Fraction, NonNegative, check
 from jaxalign.data import emoji
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, Fraction, NonNegative, check
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.vae import decode_images, encode_images
 from jaxalign.pretrain import Look, Task, autoencoder

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxalign import sharding
-from jaxalign.command import exit_status
+from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
+from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.pretrain import quality
 from jaxalign.rewards import make_reward

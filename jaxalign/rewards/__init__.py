@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import plugins
+from jaxalign.config import registry
 from jaxalign.errors import UserError
 
 
@@ -240,7 +240,7 @@ def _find(name: str) -> Reward | HostReward:
       return PRETRAINED[short](where)
     except UserError as error:
       raise UserError(f"reward.names: '{short}': {error}") from error
-  added = plugins.added("reward", REWARDS)
+  added = registry.added("reward", REWARDS)
   if name in added:
     return added[name].load()()
   if name not in REWARDS:

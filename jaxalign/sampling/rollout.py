@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import rng
+from jaxalign.devices import rng
 from jaxalign.sampling.schedule import Sampler, expand, gaussian_log_prob
 
 REMAT_POLICIES = {

@@ -3,10 +3,11 @@ import pathlib
 
 import jax
 
-from jaxalign import processes, sharding
-from jaxalign.configs_lib import Config, load_recipe, parse
+from jaxalign.config.recipes import load_recipe, parse
+from jaxalign.config.registry import AT_INFERENCE
+from jaxalign.config.schema import Config
+from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
-from jaxalign.methods import AT_INFERENCE
 
 
 def start_devices(cfg: Config, devices=None) -> None:
@@ -48,7 +49,7 @@ def run_recipe(name: str, path, seed: int = 0, **overrides) -> dict:
   """Runs a recipe, or reads the summary of its finished run in the folder `path`.
 
   Args:
-    name: as `configs_lib.load_recipe` takes it.
+    name: as `recipes.load_recipe` takes it.
     overrides: `group__key=value`, as `--config.group.key=value` of the command.
   """
   config = load_recipe(name)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import methods, rng, sharding
-from jaxalign.configs_lib import Config
+from jaxalign import methods
+from jaxalign.config import registry
+from jaxalign.config.schema import Config
 from jaxalign.data.pairs import open_pairs
+from jaxalign.devices import rng, sharding
 from jaxalign.rewards import Reward
 from jaxalign.train.experiment import (
   Experiment,
@@ -31,13 +33,13 @@ def describe(cfg: Config, devices=None) -> str:
   Raises:
     UserError: what the run itself would refuse: a key or a file of the config, its prompts.
   """
-  at_inference = cfg.method_name in methods.AT_INFERENCE
+  at_inference = cfg.method_name in registry.AT_INFERENCE
   held_out = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
   prompts = [] if at_inference else read_prompts("data.prompts", cfg.data.prompts)
   pairs = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
   exp = build(cfg, devices)
   models = exp.models
-  method = methods.load(cfg.method_name).make(models, cfg.method, cfg.optim)
+  method = registry.load_method(cfg.method_name).make(models, cfg.method, cfg.optim)
   for scorer in (exp.reward, exp.judge):
     if isinstance(scorer, Reward):
       scorer.prepare(prompts + held_out)           # refuses prompts that it cannot score

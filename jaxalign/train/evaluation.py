@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import metrics, processes, rng
+from jaxalign import metrics
+from jaxalign.devices import processes, rng
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward, check_scores, weighted_sum
 from jaxalign.rewards.rules import color_accuracy

@@ -12,9 +12,9 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jaxalign import processes, sharding
-from jaxalign.configs_lib import Config, SampleConfig
+from jaxalign.config.schema import Config, SampleConfig
 from jaxalign.convert import load_adapter, load_pipeline
+from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
 from jaxalign.models import lora

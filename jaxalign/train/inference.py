@@ -17,14 +17,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from jaxalign import methods, processes, rng, sharding
-from jaxalign.checkpoint import Checkpointer
-from jaxalign.configs_lib import Config
+from jaxalign import methods
+from jaxalign.config import registry
+from jaxalign.config.schema import Config
+from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
-from jaxalign.files import whole
 from jaxalign.methods import best_of_n
 from jaxalign.methods.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
+from jaxalign.storage.checkpoint import Checkpointer
+from jaxalign.storage.files import whole
 from jaxalign.train import steps
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import Experiment, build, gather, read_prompts
@@ -65,7 +67,7 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ models, reward, mesh
   started = time.monotonic()
   exp = build(cfg, devices)
-  method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  method = registry.load_method(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
   workdir.create()
   stack.callback(workdir.close)
   search = Search(exp, method, prompts)

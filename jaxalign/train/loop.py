@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign import methods, metrics, processes, rng, sharding, viz
-from jaxalign.checkpoint import Checkpointer
-from jaxalign.configs_lib import Config
+from jaxalign import methods, metrics, viz
+from jaxalign.config import registry
+from jaxalign.config.schema import Config
 from jaxalign.convert import save_pipeline
 from jaxalign.data.pairs import open_pairs
+from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward, check_scores, weighted_sum
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import steps
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
 from jaxalign.train.experiment import (
@@ -54,7 +56,7 @@ def _run(cfg, path, devices, stack) -> dict:
   eval_prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
   pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
-  method_module = methods.load(cfg.method_name)
+  method_module = registry.load_method(cfg.method_name)
   workdir = Workdir(path, cfg, {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts})
   finished = read_finished(workdir.path, cfg)
   if finished:

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxalign import processes, sharding
 from jaxalign.data.pairs import Pairs
+from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
-from jaxalign.files import whole
 from jaxalign.models.vae import encode_images
 from jaxalign.sampling import Conditioning
+from jaxalign.storage.files import whole
 from jaxalign.train.experiment import Experiment
 
 

@@ -6,21 +6,22 @@ import pathlib
 import jax
 import numpy as np
 
-from jaxalign import configs_lib, methods, rng
-from jaxalign.checkpoint import Checkpointer
+from jaxalign.config import recipes, registry, schema
 from jaxalign.convert import load_pipeline
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather, policy_weights, read_prompts
 
 
-def run_config(checkpoint: pathlib.Path) -> configs_lib.Config | None:
+def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
   """Config of the run in `checkpoint`, or None if that is no run's folder."""
   file = checkpoint / "config.json"
   if (checkpoint / "model_index.json").exists() or not file.exists():
     return None
   try:
-    return configs_lib.parse(configs_lib.completed(json.loads(file.read_text())["config"]))
+    return recipes.parse(recipes.completed(json.loads(file.read_text())["config"]))
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{file}: not the config of a run ({error})") from error
 
@@ -38,7 +39,7 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")
-  if cfg.method_name in methods.AT_INFERENCE:
+  if cfg.method_name in registry.AT_INFERENCE:
     raise UserError(f"--checkpoint={checkpoint}: a run of {cfg.method_name} tunes no weights; its "
                     f"images and their noise are in {checkpoint / 'product'}")
   if dtype:
@@ -57,7 +58,7 @@ def load_adapter_of(checkpoint: pathlib.Path):
     UserError: the directory is not that of a run with `model.adapter="lora"`, or damaged.
   """
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
-  if cfg is None or cfg.method_name in methods.AT_INFERENCE or cfg.model.adapter != "lora":
+  if cfg is None or cfg.method_name in registry.AT_INFERENCE or cfg.model.adapter != "lora":
     raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
                     "(model.adapter=lora), so there is none to export")
   return _policy(checkpoint, cfg)[1]
@@ -77,16 +78,16 @@ def _summary(checkpoint: pathlib.Path) -> dict | None:
   return summary if (latest or 0) <= done else None
 
 
-def _policy(checkpoint: pathlib.Path, cfg: configs_lib.Config):
+def _policy(checkpoint: pathlib.Path, cfg: schema.Config):
   """`(Experiment, policy)` of a run's latest checkpoint, on the host."""
   if not (checkpoint / "checkpoints").is_dir():
     raise UserError(f"--checkpoint={checkpoint}: this run has no checkpoint yet")
   # On one device, whatever the run itself has.
-  cfg = dataclasses.replace(cfg, mesh=configs_lib.MeshConfig(1))
+  cfg = dataclasses.replace(cfg, mesh=schema.MeshConfig(1))
   exp = build(cfg, jax.devices()[:1])
   table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
   zeros = np.zeros(cfg.sample.batch, np.int32)
-  method = methods.load(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  method = registry.load_method(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
   key = rng.stream(jax.random.key(cfg.seed), rng.INIT)
   like = {"method": jax.eval_shape(
       lambda frozen: method.init(key, frozen, gather(table, zeros, zeros)), exp.frozen)}

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 
-from jaxalign import processes
-from jaxalign.checkpoint import Checkpointer
-from jaxalign.configs_lib import Config
+from jaxalign.config.schema import Config
+from jaxalign.devices import processes
 from jaxalign.errors import Stopped, UserError
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.workdir import Workdir
 
 AGREE_EVERY = 10         # steps between questions that several processes must answer alike

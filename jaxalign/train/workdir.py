@@ -13,10 +13,11 @@ import numpy as np
 from flax import traverse_util
 from tensorboardX import SummaryWriter
 
-from jaxalign import processes
-from jaxalign.configs_lib import Config, completed
+from jaxalign.config.recipes import completed
+from jaxalign.config.schema import Config
+from jaxalign.devices import processes
 from jaxalign.errors import UserError
-from jaxalign.files import whole
+from jaxalign.storage.files import whole
 from jaxalign.train.evaluation import Samples
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.

@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from jaxalign.files import whole
+from jaxalign.storage.files import whole
 
 _PAGE = (240, 241, 244)  # not white: many images have a white background
 _INK = (40, 43, 52)

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from jaxalign import configs_lib
+from jaxalign.config import recipes
 from jaxalign.convert import load_adapter, load_pipeline, save_adapter
 from jaxalign.convert.adapter import FILE
 from jaxalign.errors import UserError
@@ -300,4 +300,4 @@ def test_a_whole_run_from_an_adapter(start):
   near, new = (sum(np.square(x - y).sum() for x, y in zip(*map(jax.tree.leaves, (tuned, tree))))
                for tree in (start[0], jax.tree.map(np.zeros_like, tuned)))
   assert 0 < near < new / 10      # three updates away from where it started
-  assert configs_lib.parse(json.loads((run / "config.json").read_text())["config"]).model.lora
+  assert recipes.parse(json.loads((run / "config.json").read_text())["config"]).model.lora

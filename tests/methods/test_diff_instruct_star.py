@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import diff_instruct_star as di
-from jaxalign.methods.optimizer import OptimConfig
 from jaxalign.sampling import Guided, make_sampler
 from jaxalign.testing import analytic
 from tests import runs

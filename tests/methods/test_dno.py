@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import best_of_n, dno
 from jaxalign.methods.dno import Config, clip_rows, probe, reward_direction
-from jaxalign.methods.optimizer import OptimConfig
 from jaxalign.testing import analytic
 
 KEY = jax.random.key(3)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.config.registry import METHODS, load_method
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods import METHODS, load, nabla_gfn
+from jaxalign.methods import nabla_gfn
 from jaxalign.methods.nabla_gfn import PRESETS, Config
-from jaxalign.methods.optimizer import OptimConfig
 from jaxalign.sampling import Conditioning, guided_eps, rollout
 from jaxalign.testing import analytic
 
@@ -881,7 +882,7 @@ def test_models_that_do_not_fit_the_config_are_refused():
 
 
 def test_registry_knows_the_method():
-  assert load("nabla_gfn") is nabla_gfn
+  assert load_method("nabla_gfn") is nabla_gfn
   with pytest.raises(UserError, match="method.name"):
-    load("nabla")
+    load_method("nabla")
   assert "nabla_gfn" in METHODS

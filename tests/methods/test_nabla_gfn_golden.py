@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxalign import rng
+from jaxalign.config.schema import OptimConfig
+from jaxalign.devices import rng
 from jaxalign.methods import nabla_gfn
-from jaxalign.methods.optimizer import OptimConfig
 from jaxalign.sampling import guided_eps, rollout
 from jaxalign.testing import analytic
 

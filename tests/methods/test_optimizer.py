@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods.optimizer import (
-  OptimConfig,
   accumulated_gradients,
   ema_update,
   learning_rate,

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from scipy.special import gammaln, ndtr
 
-from jaxalign import configs_lib
+from jaxalign.config import recipes
+from jaxalign.config.registry import load_method
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods import Models, b2_diffurl, load
+from jaxalign.methods import Models, b2_diffurl
 from jaxalign.methods import policy_gradient as pg
-from jaxalign.methods.optimizer import OptimConfig
 from jaxalign.sampling import Conditioning, Sampler, make_sampler
 from jaxalign.testing import analytic
 
@@ -613,19 +614,19 @@ def test_cost_counts_evaluations():
 ])
 def test_bad_values_name_their_key(name, options, message):
   with pytest.raises(UserError, match=message):
-    load(name).Config(**options)
+    load_method(name).Config(**options)
 
 
 def test_batches_are_whole_groups_and_parts():
-  config = configs_lib.default("b2_diffurl").unlock()
+  config = recipes.default("b2_diffurl").unlock()
   config.sample.batch = 16
   with pytest.raises(UserError, match=r"sample\.batch=16 does not divide into groups of method"):
-    configs_lib.parse(config)
+    recipes.parse(config)
   config.sample.batch, config.optim.accumulate = 20, 3
   with pytest.raises(UserError, match=r"sample\.batch=20 in groups of method\.group=5 does not"):
-    configs_lib.parse(config)
+    recipes.parse(config)
   config.sample.batch, config.optim.accumulate = 40, 2
-  cfg = configs_lib.parse(config)
+  cfg = recipes.parse(config)
   cfg.check_devices(4)
   with pytest.raises(UserError, match=r"leaves 4 groups of method\.group=5 for 8 devices"):
     cfg.check_devices(8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign.configs_lib import parse
+from jaxalign.config.recipes import parse
 from jaxalign.errors import UserError
 from jaxalign.train import loop
 from jaxalign.train.loop import draw_prompts

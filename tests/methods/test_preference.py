@@ -11,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.config.registry import load_method
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods import FlowNet, load, preference
-from jaxalign.methods.optimizer import OptimConfig
+from jaxalign.methods import FlowNet, preference
 from jaxalign.methods.preference import (
-    PRESETS,
-    DPOConfig,
-    MaPOConfig,
-    SFTConfig,
-    denoising_errors,
-    dpo_loss,
-    draw,
-    log_phi,
-    mapo_loss,
-    phi,
+  PRESETS,
+  DPOConfig,
+  MaPOConfig,
+  SFTConfig,
+  denoising_errors,
+  dpo_loss,
+  draw,
+  log_phi,
+  mapo_loss,
+  phi,
 )
 from jaxalign.sampling import Schedule
 from jaxalign.sampling.schedule import PREDICTIONS
@@ -359,7 +360,7 @@ def test_errors_are_against_what_the_network_predicts(prediction):
 
 @pytest.mark.parametrize("name", ["mapo", "diffusion_dpo", "sft"])
 def test_update_does_not_depend_on_micro_batches(name):
-  models, kind = world(), load(name)
+  models, kind = world(), load_method(name)
   found = []
   for parts in (1, 4):
     optim = OptimConfig(lr=0.1, accumulate=parts, ema=0.9)
@@ -396,5 +397,5 @@ def test_bad_values_name_their_key(make, message):
 def test_registry():
   configs = dict(mapo=MaPOConfig, diffusion_dpo=DPOConfig, sft=SFTConfig)
   for name, config in configs.items():
-    assert load(name).Config is config and load(name).make is preference.make
+    assert load_method(name).Config is config and load_method(name).make is preference.make
     assert config().reads_pairs

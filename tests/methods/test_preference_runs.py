@@ -6,10 +6,10 @@ import math
 import jax
 import numpy as np
 import pytest
-import runs
 
-from jaxalign import methods
-from jaxalign.configs_lib import parse
+import runs
+from jaxalign.config import registry
+from jaxalign.config.recipes import parse
 from jaxalign.data.pairs import open_pairs
 from jaxalign.errors import UserError
 from jaxalign.train import loop
@@ -156,7 +156,7 @@ def test_no_reference_is_allocated(experiment):
   leaves = jax.tree.leaves(exp.frozen)
   base = sum(a.nbytes for a in jax.tree.leaves(exp.frozen["base"]))
   for name in NAMES:
-    kind = methods.load(name)
+    kind = registry.load_method(name)
     method = kind.make(exp.models, kind.Config(), exp.config.optim)
 
     def update(frozen, state, shared, rows, ids, key):

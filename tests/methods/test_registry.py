@@ -3,8 +3,8 @@ import dataclasses
 
 import pytest
 
-from jaxalign import methods
-from jaxalign.configs_lib import default, parse
+from jaxalign.config import registry
+from jaxalign.config.recipes import default, parse
 from jaxalign.errors import UserError
 from jaxalign.methods import reward_gradient
 
@@ -25,18 +25,18 @@ def install(monkeypatch, *names):
 
 def test_other_packages_add_methods(monkeypatch):
   with pytest.raises(UserError, match="method.name='theirs' is unknown; choose one of alignprop"):
-    methods.load("theirs")
+    registry.load_method("theirs")
   install(monkeypatch, "theirs")
-  assert methods.load("theirs") is reward_gradient.refl
+  assert registry.load_method("theirs") is reward_gradient.refl
   config = parse(default("theirs"))
   assert config.method_name == "theirs" and isinstance(config.method, reward_gradient.refl.Config)
-  assert methods.load("draft") is reward_gradient.draft               # those of here stay
+  assert registry.load_method("draft") is reward_gradient.draft               # those of here stay
   with pytest.raises(UserError, match="choose one of .*sft, theirs"):
-    methods.load("their")
+    registry.load_method("their")
 
 
 @pytest.mark.parametrize("names", [("mapo",), ("theirs", "theirs")])
 def test_a_name_cannot_be_registered_twice(monkeypatch, names):
   install(monkeypatch, *names)
   with pytest.raises(UserError, match="registered twice; other_package:method is the second"):
-    methods.load("nabla_gfn")
+    registry.load_method("nabla_gfn")

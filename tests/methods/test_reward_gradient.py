@@ -15,25 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
-from jaxalign import configs_lib
+import runs
+from jaxalign.config import recipes
+from jaxalign.config.registry import load_method
+from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods import load, reward_gradient
-from jaxalign.methods.optimizer import OptimConfig
+from jaxalign.methods import reward_gradient
 from jaxalign.methods.reward_gradient import (
-    AlignPropConfig,
-    Config,
-    DRaFTConfig,
-    ReFLConfig,
-    draw_active,
+  AlignPropConfig,
+  Config,
+  DRaFTConfig,
+  ReFLConfig,
+  draw_active,
 )
 from jaxalign.sampling import (
-    Conditioning,
-    differentiable_rollout,
-    guided_eps,
-    make_sampler,
-    step_noise,
+  Conditioning,
+  differentiable_rollout,
+  guided_eps,
+  make_sampler,
+  step_noise,
 )
 from jaxalign.testing import analytic
 from jaxalign.train.experiment import build
@@ -433,10 +434,10 @@ def test_black_box_rewards_are_refused(cfg):
 def test_registry():
   configs = dict(refl=ReFLConfig, draft=DRaFTConfig, alignprop=AlignPropConfig)
   for name, config in configs.items():
-    assert load(name).Config is config and load(name).make is reward_gradient.make
+    assert load_method(name).Config is config and load_method(name).make is reward_gradient.make
     with pytest.raises(UserError, match=r"method\.beta is unknown; method has .*target"):
-      tree = configs_lib.default(name).to_dict()
-      configs_lib.parse(dict(tree, method=dict(tree["method"], beta=1.0)))
+      tree = recipes.default(name).to_dict()
+      recipes.parse(dict(tree, method=dict(tree["method"], beta=1.0)))
 
 
 # ---- the fixture UNet ---------------------------------------------------------------------------

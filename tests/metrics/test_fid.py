@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from scipy.linalg import sqrtm
 
 from jaxalign import fid, metrics
-from jaxalign.command import run_command
+from jaxalign.config.command import run_command
 from jaxalign.convert import names
 from jaxalign.metrics.inception import Inception, fit, load_inception
 

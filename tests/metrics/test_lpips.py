@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jaxalign import lpips
-from jaxalign.command import run_command
+from jaxalign.config.command import run_command
 from jaxalign.metrics.lpips import NETWORKS, Features, load_lpips
 from jaxalign.metrics.lpips import lpips as distance
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxalign import configs_lib, sharding
+from jaxalign.config import recipes
+from jaxalign.devices import sharding
 from jaxalign.models import attention
 from jaxalign.train import plan
 from jaxalign.train.experiment import build, open_pipeline
@@ -69,9 +70,9 @@ def test_pairs_are_encoded_and_flow_nets_run_on_a_slice():
   """Every network of a run that has long attention lowers for several chips."""
   _, devices = plan.find_chips("v5e:2x2")
   pipeline = open_pipeline("jaxalign:sd15", "bfloat16", "block", shapes_only=True)
-  cfg = configs_lib.default("mapo")
+  cfg = recipes.default("mapo")
   cfg.model.path, cfg.data.pairs, cfg.eval.batch = "jaxalign:sd15", "jaxalign:emoji", 4
-  exp = build(configs_lib.parse(cfg), devices, pipeline)
+  exp = build(recipes.parse(cfg), devices, pipeline)
   images = exp.put_batch(np.zeros((4, 512, 512, 3), np.float32))
   vae = exp.put(pipeline.params["vae"], sharding.replicated(exp.mesh))
   assert "tpu_custom_call" in image_encoder(exp).trace(vae, images).lower().as_text()

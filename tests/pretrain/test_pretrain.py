@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxalign import pretrain
-from jaxalign.checkpoint import Checkpointer
-from jaxalign.configs_lib import load_recipe
+from jaxalign.config.recipes import load_recipe
 from jaxalign.convert import load_pipeline
 from jaxalign.data import emoji
 from jaxalign.errors import UserError
@@ -19,6 +18,7 @@ from jaxalign.pretrain import autoencoder, denoiser, loop, quality, scorers
 from jaxalign.pretrain.config import parse
 from jaxalign.rewards import Reward
 from jaxalign.rewards.emoji import ASSETS, load_scorer
+from jaxalign.storage.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TOKENIZER = ASSETS / "emoji" / "tokenizer"

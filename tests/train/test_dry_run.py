@@ -4,12 +4,12 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-import runs
 
+import runs
 from jaxalign import train
-from jaxalign.configs_lib import MISMATCH, parse
+from jaxalign.config.recipes import MISMATCH, parse
+from jaxalign.config.registry import METHODS
 from jaxalign.errors import UserError
-from jaxalign.methods import METHODS
 from jaxalign.train import dry_run, experiment
 
 QUICK = ("ddpo", "dno", "mapo")            # a reward of styled prompts; a search; pairs

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign import metrics, rng
+from jaxalign import metrics
+from jaxalign.devices import rng
 from jaxalign.sampling import guided_eps, rollout
 from jaxalign.train.evaluation import Evaluator, Samples, compare, describe
 from jaxalign.train.experiment import build, gather

@@ -4,13 +4,13 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
-from jaxalign import rng
-from jaxalign.checkpoint import Checkpointer
+import runs
+from jaxalign.config.registry import load_method
+from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.methods import load
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import inference
 from jaxalign.train.experiment import build
 from jaxalign.train.restore import load_tuned
@@ -34,7 +34,7 @@ def checkpoint(path, **options):
   """The state of the latest checkpoint, on the host."""
   cfg = runs.smoke("dno", **options)
   exp = build(cfg, jax.devices()[:1])
-  method = load("dno").make(exp.models, cfg.method, cfg.optim)
+  method = load_method("dno").make(exp.models, cfg.method, cfg.optim)
   search = inference.Search(exp, method, runs.HELD_OUT.read_text().splitlines()[:3])
   checkpoints = Checkpointer(path / "checkpoints")
   state, _ = checkpoints.restore(search.state)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+import runs
 from jaxalign import methods
-from jaxalign.checkpoint import Checkpointer
+from jaxalign.config import registry
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import nabla_gfn
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import experiment, loop
 
 
@@ -128,7 +129,7 @@ def restored(path, **overrides):
   """`(method state, progress)` of a run's latest checkpoint."""
   cfg = runs.smoke(**overrides)
   exp = loop.build(cfg, jax.devices()[:1])
-  method = methods.load("nabla_gfn").make(exp.models, cfg.method, cfg.optim)
+  method = registry.load_method("nabla_gfn").make(exp.models, cfg.method, cfg.optim)
   programs = loop.Programs(exp, method, exp.prompt_table(runs.TRAIN.read_text().splitlines()),
                            jax.random.key(cfg.seed))
   like = {"method": jax.eval_shape(programs.init)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign.configs_lib import load_recipe, parse
+from jaxalign.config.recipes import load_recipe, parse
 from jaxalign.errors import UserError
 from jaxalign.train import plan
 from jaxalign.train.experiment import build, open_pipeline, read_prompts

@@ -11,10 +11,10 @@ import time
 import jax
 import numpy as np
 import pytest
-import runs
 from test_loop import restored
 
-from jaxalign.sharding import path_of
+import runs
+from jaxalign.devices.sharding import path_of
 
 SCRIPT = runs.ROOT / "launch" / "local_multiprocess.sh"
 # As in test_devices.py: with less of a gradient, most of it is rounding.
@@ -24,8 +24,8 @@ EXCHANGE = """
 import os, pathlib, signal, sys, time
 import jax
 import numpy as np
-from jaxalign import processes, sharding
-from jaxalign.checkpoint import Checkpointer
+from jaxalign.devices import processes, sharding
+from jaxalign.storage.checkpoint import Checkpointer
 
 processes.start()
 processes.start()                                        # a second call does nothing
@@ -92,7 +92,7 @@ def test_two_processes_exchange_arrays_and_stop_together(tmp_path):
      "must be numbers"),
 ])
 def test_incomplete_environment(monkeypatch, env, part):
-  from jaxalign import processes
+  from jaxalign.devices import processes
   from jaxalign.errors import UserError
   for key, value in env.items():
     monkeypatch.setenv(key, value)

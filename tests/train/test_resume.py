@@ -54,7 +54,7 @@ DRIVER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import conftest, runs
-from jaxalign import command, configs_lib
+from jaxalign.config import command, recipes
 from jaxalign.train import loop
 import json, pathlib
 
@@ -79,7 +79,7 @@ else:                                    # all files written, the directory not 
     cls.finalize = finalize
 tree = json.loads((folder / "config.json").read_text())["config"]
 tree["train"]["steps"] = 4
-sys.exit(command.exit_status(lambda: loop.run(configs_lib.parse(tree), folder)))
+sys.exit(command.exit_status(lambda: loop.run(recipes.parse(tree), folder)))
 """
 
 

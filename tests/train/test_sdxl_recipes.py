@@ -3,9 +3,10 @@ import families
 import jax
 import numpy as np
 import pytest
-import runs
 
-from jaxalign import configs_lib, sample
+import runs
+from jaxalign import sample
+from jaxalign.config import recipes, schema
 from jaxalign.convert import load_pipeline
 from jaxalign.train import dry_run
 from jaxalign.train.experiment import build
@@ -28,7 +29,7 @@ def config(name, folder, **sizes):
   if name in ("mapo", "diffusion_dpo"):
     config.data.pairs = "jaxalign:fixture"
   config.sample.update(sizes)
-  return configs_lib.parse(config)
+  return recipes.parse(config)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -52,7 +53,7 @@ def test_conditioning_and_size_of_a_run(folder):
 @pytest.mark.slow
 def test_samples_have_the_size_that_is_asked_for(folder):
   pipeline = load_pipeline(folder)
-  chosen = configs_lib.SampleConfig(steps=2, height=8, width=24)
+  chosen = schema.SampleConfig(steps=2, height=8, width=24)
   images = sample.generate(pipeline, ["a cat"], 2, sample=chosen)
   assert images.shape == (1, 2, 8, 24, 3)
   assert np.abs(images[0, 0].astype(int) - images[0, 1]).mean() > 0

@@ -6,11 +6,11 @@ import time
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from jaxalign import train
-from jaxalign.checkpoint import Checkpointer
 from jaxalign.errors import UserError
+from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import steps
 from jaxalign.train.experiment import build
 from jaxalign.train.pairs import PairTable

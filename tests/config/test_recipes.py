@@ -6,10 +6,10 @@ import pathlib
 
 import ml_collections
 import pytest
-import runs
 
-from jaxalign import configs_lib
-from jaxalign.configs_lib import default, parse, recipe_path, split_argument
+import runs
+from jaxalign.config import recipes, schema
+from jaxalign.config.recipes import default, parse, recipe_path, split_argument
 from jaxalign.errors import UserError
 from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
@@ -20,7 +20,7 @@ from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 from jaxalign.train.restore import run_config
 from jaxalign.train.workdir import Workdir
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
@@ -37,7 +37,7 @@ RECIPES = [
   *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft")
     for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"mapo:emoji,{name}" for name in MAPO_PRESETS),
-  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft") for size in configs_lib.MISMATCH),
+  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft") for size in recipes.MISMATCH),
   *(f"{name}:{size}" for name in ("diff_instruct_star", "diff_instruct_pp")
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
@@ -108,7 +108,7 @@ def test_parse_takes_numbers_as_they_are_written():
   config.reward.names, config.reward.weights = ["brightness"], [1]
   parsed = parse(config)
   assert type(parsed.sample.guidance) is float
-  assert parsed.reward == configs_lib.RewardConfig(("brightness",), (1.0,))
+  assert parsed.reward == schema.RewardConfig(("brightness",), (1.0,))
 
 
 def changed(path, value):

@@ -1,22 +1,14 @@
-"""Configs: typed defaults, recipes as ConfigDicts, validated frozen dataclasses.
+"""What a run's config holds: one frozen dataclass a group, which checks types, ranges and choices.
 
-A recipe's `get_config(arg)` starts from `default(method)`, a locked ConfigDict with every key, and
-sets what it wants otherwise; the command line overrides single keys; `parse` turns the result into
-dataclasses that check types, ranges and batch algebra. No other place has defaults.
+`Config` checks what no single group can: batch algebra, and what the method needs.
 """
 import dataclasses
-import importlib.util
 import json
-import pathlib
-import typing
 from typing import Annotated, Any, Literal
 
-import ml_collections
-
-from jaxalign import methods
+from jaxalign.config import registry
+from jaxalign.config.fields import Count, Fraction, NonNegative, Range, Whole, check
 from jaxalign.errors import UserError
-from jaxalign.fields import Count, NonNegative, Range, Whole, check
-from jaxalign.methods.optimizer import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +153,36 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """Keys of the `optim` group.
+
+  Attributes:
+    lr: AdamW learning rate of the policy, reached after `warmup` optimiser steps.
+    decay_steps: cosine decay of the rate to 0 over this many optimiser steps after the warm-up; 0
+      is off and keeps the rate. A method may take several optimiser steps per update.
+    b1, b2: moment decays. eps: added to the root of the second moment; one that is large beside the
+      gradients makes AdamW plain momentum with rate `lr / eps`. weight_decay: decoupled.
+    clip_norm: of the global gradient norm; 0 is off.
+    accumulate: micro-batches per update; their gradients are averaged in f32.
+    ema: decay of the policy's moving average in (0, 1), warmed up; 0 is off and exports raw
+      weights.
+  """
+  lr: NonNegative = 3e-4
+  b1: Fraction = 0.9
+  b2: Fraction = 0.99
+  eps: NonNegative = 1e-8
+  weight_decay: NonNegative = 0.0
+  clip_norm: NonNegative = 1.0
+  warmup: Whole = 0
+  decay_steps: Whole = 0
+  accumulate: Count = 1
+  ema: Fraction = 0.0
+
+  def __post_init__(self):
+    check("optim", self)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices per mesh axis; `data=-1` takes all that the others leave."""
   data: Annotated[int, Range(-1)] = -1
@@ -239,7 +261,7 @@ class Config:
     if self.data.cache and not self.reads_pairs:
       raise UserError(f"data.cache={self.data.cache}: method.name={self.method_name!r} reads no "
                       "pairs, which are all that is kept there")
-    if self.train.keep_best and self.method_name in methods.AT_INFERENCE:
+    if self.train.keep_best and self.method_name in registry.AT_INFERENCE:
       raise UserError(f"train.keep_best=True chooses among policies, and method.name="
                       f"{self.method_name!r} trains none")
     if self.sample.batch % self.group:
@@ -265,13 +287,13 @@ class Config:
   @property
   def trains_all(self) -> bool:
     """Whether all weights of the UNet are trained."""
-    return self.model.adapter == "full" and self.method_name not in methods.AT_INFERENCE
+    return self.model.adapter == "full" and self.method_name not in registry.AT_INFERENCE
 
   @property
   def merges_lora(self) -> bool:
     """Whether `model.lora` becomes part of the base model, for want of an adapter that trains."""
     return bool(self.model.lora) and (self.model.adapter != "lora"
-                                      or self.method_name in methods.AT_INFERENCE)
+                                      or self.method_name in registry.AT_INFERENCE)
 
   @property
   def reads_pairs(self) -> bool:
@@ -301,165 +323,9 @@ GROUPS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in (
     "recipe", "method_name", "seed", "method")}
 
 
-def default(method: str, recipe: str = "") -> ml_collections.ConfigDict:
-  """Locked ConfigDict with all keys of a run of `method`, at their defaults."""
-  as_dict = lambda cls: {f.name: f.default for f in dataclasses.fields(cls)}
-  tree = {name: as_dict(cls) for name, cls in GROUPS.items()}
-  tree["method"] = {"name": method, **as_dict(methods.load(method).Config)}
-  config = ml_collections.ConfigDict({"recipe": recipe or method, "seed": 0, **tree})
-  return config.lock()
-
-
-def completed(values: dict) -> dict:
-  """What an older version wrote as config.json, with the defaults of keys that it did not know."""
-  known = json.loads(default(values["method"]["name"]).to_json())
-  return {**values, **{name: {**group, **values.get(name, {})}
-                       for name, group in known.items() if isinstance(group, dict)}}
-
-
-def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:
-  """`"smoke,release"` -> `("smoke", ["release"])`; the first size is the default.
-
-  Raises:
-    UserError: a word that is neither a size nor a preset.
-  """
-  words = [word for word in (arg or "").split(",") if word]
-  for word in words:
-    if word not in sizes and word not in presets:
-      known = ", ".join((*sizes, *presets))
-      raise UserError(f"recipe argument {word!r} is unknown; there are {known}")
-  chosen = [word for word in words if word in sizes]
-  return (chosen or [sizes[0]])[-1], [word for word in words if word in presets]
-
-
-def make_smoke(config: ml_collections.ConfigDict) -> None:
-  """Shrinks a recipe to seconds: random weights, rule reward, three updates, tiny evaluations."""
-  config.model.path = "jaxalign:fixture"
-  config.model.lora_rank = 4
-  config.reward.names, config.reward.weights = ("brightness",), (1.0,)
-  config.sample.batch, config.sample.steps = 8, 4
-  config.train.steps, config.train.checkpoint_every = 3, 1
-  config.eval.prompts, config.eval.samples, config.eval.batch = 4, 2, 8
-  config.eval.watch_prompts, config.eval.watch_samples, config.eval.every = 2, 2, 2
-  config.log.grid_prompts = 2
-
-
-# Pairs at a growing distance from the model -> the reward that tells how much of them was learned.
-MISMATCH = {"r0": "emoji_clip", "r1": "emoji_clip", "r2": "emoji_clip", "r3": "grayness"}
-PAIR_SIZES = ("emoji", *MISMATCH, "smoke", "sd15", "sdxl")   # arguments of preference recipes
-
-
-def make_emoji_pairs(config: ml_collections.ConfigDict, size: str = "emoji") -> None:
-  """A preference recipe on the embedded model, and what is measured of it.
-
-  `emoji` has the shipped pairs, two vendors' drawings; `r0` to `r3` those that
-  `python -m jaxalign.pretrain.mismatch` writes.
-  """
-  shipped = size == "emoji"
-  config.data.pairs = "jaxalign:emoji" if shipped else f"runs/pairs/{size}.parquet"
-  config.reward.names = ("emoji_twemoji" if shipped else MISMATCH[size],)
-  config.sample.batch = 32
-  config.train.steps, config.train.checkpoint_every, config.eval.every = 240, 60, 60
-  config.train.patience = 0                 # the judge's own taste is not what pairs teach
-  config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 10, 230
-
-
-def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
-  """Full fine-tuning on Pick-a-Pic v2 at the published size: 2048 pairs, 2000 updates."""
-  config.model.path = ""                    # --config.model.path=DIR
-  config.model.adapter, config.model.dtype, config.model.remat = "full", "bfloat16", "block"
-  config.data.pairs = ""                    # --config.data.pairs=DIR, its Parquet files
-  config.sample.batch, config.optim.accumulate = 2048, 32
-  config.sample.steps, config.sample.guidance = 50, 7.5
-  config.optim.b2, config.optim.weight_decay = 0.999, 1e-2
-  config.train.steps, config.train.checkpoint_every, config.eval.every = 2000, 500, 500
-  config.train.patience = 0                 # the judge knows emoji only
-  config.eval.batch = 16
-
-
-def parse(config: ml_collections.ConfigDict | dict) -> Config:
-  """ConfigDict, or the content of config.json, -> checked dataclasses.
-
-  Raises:
-    UserError: an unknown or missing key, a wrong type, a value out of range; names the key.
-  """
-  tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  for key in ("recipe", "seed", "method", *GROUPS):
-    if key not in tree:
-      raise UserError(f"config key {key} is missing")
-  for key in tree:
-    if key not in ("recipe", "seed", "method", *GROUPS):
-      raise UserError(f"config key {key} is unknown")
-  method = dict(tree["method"])
-  name = method.pop("name", None)
-  groups = {key: build_group(cls, key, tree[key]) for key, cls in GROUPS.items()}
-  config = Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
-                  method=build_group(methods.load(name).Config, "method", method), **groups)
-  # Not of every `Config`: `jaxalign.evaluate` optimises nothing, and may report any reward.
-  judge = config.eval.judge
-  if judge in config.reward.names and not config.reads_pairs:
-    raise UserError(f"reward.names has {judge!r}, the judge (eval.judge), which must never be "
-                    "optimised: name another judge")
-  return config
-
-
-def recipe_path(name: str) -> str:
-  """`jaxalign:NAME[:ARG]` -> file of the shipped recipe, with `:ARG` kept; others unchanged."""
-  if not name.startswith("jaxalign:"):
-    return name
-  recipe, _, arg = name.removeprefix("jaxalign:").partition(":")
-  spec = importlib.util.find_spec("jaxalign.configs")
-  folders = [pathlib.Path(p) for p in (spec.submodule_search_locations if spec else ())]
-  folders.append(pathlib.Path(__file__).resolve().parent.parent / "configs")
-  for folder in folders:
-    path = folder / f"{recipe}.py"
-    if path.is_file():
-      return f"{path}:{arg}" if arg else str(path)
-  known = sorted({p.stem for f in folders if f.is_dir() for p in f.glob("[a-z]*.py")})
-  raise UserError(f"--config={name}: no recipe {recipe!r}; there are {', '.join(known)}")
-
-
 def check_seed(seed) -> None:
   """Raises UserError unless the config key `seed` is an int in [0, 2**32)."""
   if type(seed) is not int:
     raise UserError(f"config key seed={seed!r} is of type {type(seed).__name__}, not int")
   if not 0 <= seed < 2 ** 32:                  # JAX takes 32 bits and drops the others unsaid
     raise UserError(f"seed={seed} is outside [0, 2**32)")
-
-
-def load_recipe(name: str) -> ml_collections.ConfigDict:
-  """The ConfigDict of a recipe: `FILE.py[:ARG]`, or `jaxalign:NAME[:ARG]` for a shipped one.
-
-  Raises:
-    UserError: there is no such recipe.
-  """
-  file, _, arg = recipe_path(name).partition(".py:")
-  file = pathlib.Path(file if file.endswith(".py") else f"{file}.py")
-  if not file.is_file():
-    raise UserError(f"recipe {name}: no such file")
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*[arg] * bool(arg))
-
-
-def build_group(cls, group: str, values: dict):
-  """`cls(**values)`, a config group from plain values; unknown and missing keys are UserErrors."""
-  fields = typing.get_type_hints(cls)
-  for key in values:
-    if key not in fields:
-      known = ", ".join(sorted(fields))
-      raise UserError(f"config key {group}.{key} is unknown; {group} has {known}")
-  for key in fields:
-    if key not in values:
-      raise UserError(f"config key {group}.{key} is missing")
-  return cls(**{key: _as_field(kind, values[key]) for key, kind in fields.items()})
-
-
-def _as_field(kind, value):
-  """JSON and command lines write lists for tuples and 1 for 1.0; `fields.check` does the rest."""
-  if kind is float and type(value) is int:
-    return float(value)
-  if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
-    return tuple(_as_field(typing.get_args(kind)[0], item) for item in value)
-  return value

@@ -11,9 +11,11 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from jaxalign import sharding
+from jaxalign.config.schema import OptimConfig
+from jaxalign.devices import sharding
+from jaxalign.devices.sharding import PARAM_RULES, make_mesh, param_shardings, spec_for
 from jaxalign.errors import UserError
-from jaxalign.methods.optimizer import OptimConfig, make_optimizer
+from jaxalign.methods.optimizer import make_optimizer
 from jaxalign.models import lora
 from jaxalign.models.clip import (
   CLIPTextModel,
@@ -22,10 +24,9 @@ from jaxalign.models.clip import (
 )
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import AutoencoderKL
-from jaxalign.sharding import PARAM_RULES, make_mesh, param_shardings, spec_for
 from jaxalign.testing.fixture import make_configs, make_tokenizer
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "sharding"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sharding"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 
 SD15 = dict(

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxalign.checkpoint import Checkpointer
+from jaxalign.devices.sharding import make_mesh
 from jaxalign.errors import UserError
-from jaxalign.sharding import make_mesh
+from jaxalign.storage.checkpoint import Checkpointer
 
 
 def tree(value=0.0):

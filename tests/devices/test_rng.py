@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign import rng
+from jaxalign.devices import rng
 
 GOLDEN_STREAM = [4175052666, 3236562588]
 GOLDEN_SAMPLES = [[1725592898, 2541593772], [1764126341, 611865144], [853725271, 2527406063]]

@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from jaxalign.configs_lib import recipe_path
+from jaxalign.config.recipes import recipe_path
 from jaxalign.errors import Stopped, UserError
 
 
