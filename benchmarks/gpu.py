@@ -24,9 +24,10 @@ from jaxalign.config import recipes, registry, schema
 from jaxalign.models.architectures import ARCHITECTURES, architecture
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.sampling import Conditioning, guided_eps, rollout
-from jaxalign.train.experiment import ASSETS, build, open_pipeline
-from jaxalign.train.loop import Programs
+from jaxalign.train.experiment import build
+from jaxalign.train.opening import ASSETS, open_pipeline
 from jaxalign.train.pairs import PairTable
+from jaxalign.train.programs import Programs
 
 TFLOP = {"sd15": (0.803, 2.407), "sdxl": (6.761, 20.231)}    # per image: forward, and with backward
 METHODS = ("nabla_gfn", "ddpo", "mapo", "diffusion_dpo")

@@ -16,10 +16,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from jaxalign.config import recipes, registry
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
 from jaxalign.sampling import guided_eps
-from jaxalign.train.experiment import build, gather, read_prompts
-from jaxalign.train.loop import Programs
+from jaxalign.train.experiment import build, gather
+from jaxalign.train.programs import Programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs/nabla_gfn.py"))

@@ -14,10 +14,11 @@ import numpy as np
 from absl import app, flags
 
 from jaxalign.config import recipes
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
 from jaxalign.methods import nabla_gfn
 from jaxalign.sampling import expand, guided_eps, initial_noise, rollout, step_noise
-from jaxalign.train.experiment import build, gather, read_prompts
+from jaxalign.train.experiment import build, gather
 
 _BETA = flags.DEFINE_float("beta", 20.0, "reward strength, raw")
 _SAMPLES = flags.DEFINE_integer("samples", 32, "samples, and samples per prompt in the second part")

@@ -15,12 +15,14 @@ import numpy as np
 
 from jaxalign.config import recipes, schema
 from jaxalign.config.command import Flags, run_command
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.storage.files import whole
 from jaxalign.train.evaluation import Evaluator, compare, describe
-from jaxalign.train.experiment import build, own_sampler, read_prompts
+from jaxalign.train.experiment import build
+from jaxalign.train.opening import own_sampler
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()

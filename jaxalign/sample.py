@@ -18,13 +18,14 @@ from tqdm import tqdm
 from jaxalign import viz
 from jaxalign.config.command import Flags, run_command
 from jaxalign.config.schema import SampleConfig
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
 from jaxalign.storage.files import whole
-from jaxalign.train.experiment import own_sampler, read_prompts
+from jaxalign.train.opening import own_sampler
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()

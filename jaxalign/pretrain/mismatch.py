@@ -25,11 +25,11 @@ from PIL import Image, ImageFilter
 from jaxalign import metrics
 from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.pretrain import quality
 from jaxalign.rewards.emoji import ASSETS, emoji_clip, emoji_judge
-from jaxalign.train.experiment import read_prompts
 
 SCENARIOS = ("r0", "r1", "r2", "r3")
 SHARPNESS = 2.0          # of a vote, in 1 / standard deviations of the reward's differences

@@ -16,11 +16,11 @@ from jaxalign import metrics
 from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.data import emoji
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.pretrain import card, quality
 from jaxalign.rewards.emoji import ASSETS, emoji_judge
-from jaxalign.train.experiment import read_prompts
 
 SAMPLES = 8                # of each prompt, for diversity
 

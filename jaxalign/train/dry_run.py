@@ -11,16 +11,10 @@ from jaxalign import methods
 from jaxalign.config import registry
 from jaxalign.config.schema import Config
 from jaxalign.data.pairs import open_pairs
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng, sharding
 from jaxalign.rewards import Reward
-from jaxalign.train.experiment import (
-  Experiment,
-  build,
-  gather,
-  placed_shapes,
-  read_prompts,
-  stored,
-)
+from jaxalign.train.experiment import Experiment, build, gather, placed_shapes, stored
 from jaxalign.train.plan import held, outlined, table_shapes
 
 

@@ -18,12 +18,14 @@ import numpy as np
 from jaxalign import methods
 from jaxalign.config import registry
 from jaxalign.config.schema import Config
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
-from jaxalign.train.experiment import Experiment, build, open_pipeline, read_prompts
-from jaxalign.train.loop import Programs
+from jaxalign.train.experiment import Experiment, build
+from jaxalign.train.opening import open_pipeline
 from jaxalign.train.pairs import PairTable
+from jaxalign.train.programs import Programs
 
 
 class Chip(NamedTuple):

@@ -8,11 +8,13 @@ import numpy as np
 
 from jaxalign.config import recipes, registry, schema
 from jaxalign.convert import load_pipeline
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.storage.checkpoint import Checkpointer
-from jaxalign.train.experiment import build, gather, policy_weights, read_prompts
+from jaxalign.train.experiment import build, gather
+from jaxalign.train.policy import policy_weights
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+import runs
 from jaxalign.config import recipes
 from jaxalign.convert import load_adapter, load_pipeline, save_adapter
 from jaxalign.convert.adapter import FILE
@@ -18,7 +18,7 @@ from jaxalign.errors import UserError
 from jaxalign.export import main as export_main
 from jaxalign.models import lora
 from jaxalign.testing.fixture import make_pipeline_dir
-from jaxalign.train import experiment
+from jaxalign.train import experiment, opening
 from jaxalign.train.restore import load_adapter_of, load_tuned
 
 TARGETS = ("attention", "ff", "conv")
@@ -239,7 +239,7 @@ def test_unusable_files(pipeline, tmp_path):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
   """An adapter for the model of the smoke recipes, and its folder."""
-  unet = experiment.open_pipeline("jaxalign:fixture").params["unet"]
+  unet = opening.open_pipeline("jaxalign:fixture").params["unet"]
   adapter = moved(lora.init(jax.random.key(3), unet, 4))
   path = tmp_path_factory.mktemp("adapter")
   save_adapter(adapter, path)
@@ -282,7 +282,7 @@ def test_export_command(monkeypatch, tmp_path):
   for name, value in flags.items():
     monkeypatch.setattr(f"jaxalign.export.{name}", type("Flag", (), {"value": value}))
   export_main([])
-  unet = experiment.open_pipeline("jaxalign:fixture").params["unet"]
+  unet = opening.open_pipeline("jaxalign:fixture").params["unet"]
   found = load_adapter(tmp_path, unet)
   assert_same(found, adapter)
   merged = jax.device_get(lora.merge(unet, found))

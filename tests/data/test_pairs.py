@@ -10,8 +10,8 @@ from PIL import Image
 
 from jaxalign.data import emoji, emoji_pairs
 from jaxalign.data.pairs import ASSETS, open_pairs
+from jaxalign.data.prompts import read_prompts
 from jaxalign.errors import UserError
-from jaxalign.train.experiment import read_prompts
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 

@@ -598,7 +598,7 @@ def test_smoke_run_writes_a_generator_that_samples_in_one_step(tmp_path):
   from jaxalign import sample
   from jaxalign.convert import load_pipeline
   from jaxalign.train import run
-  from jaxalign.train.experiment import own_sampler
+  from jaxalign.train.opening import own_sampler
   cfg = runs.smoke("diff_instruct_star", train__checkpoint_every=2)
   summary = run(cfg, tmp_path / "run")
   assert summary["steps"] == 3 and summary["cost"]["reward_gradients"] == 3 * cfg.sample.batch

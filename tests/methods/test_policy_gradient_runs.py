@@ -4,12 +4,12 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from jaxalign.config.recipes import parse
+from jaxalign.data.prompts import draw_prompts
 from jaxalign.errors import UserError
 from jaxalign.train import loop
-from jaxalign.train.loop import draw_prompts
 
 # One optimiser step a batch: the policy that trains is the one that sampled. The reward, one of its
 # terms a black box, is that of a run in `train/test_loop.py`, whose evaluation programs it shares.

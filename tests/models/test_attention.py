@@ -11,7 +11,8 @@ from jaxalign.config import recipes
 from jaxalign.devices import sharding
 from jaxalign.models import attention
 from jaxalign.train import plan
-from jaxalign.train.experiment import build, open_pipeline
+from jaxalign.train.experiment import build
+from jaxalign.train.opening import open_pipeline
 from jaxalign.train.pairs import image_encoder
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,

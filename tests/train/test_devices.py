@@ -8,10 +8,11 @@ import pytest
 
 import runs
 from jaxalign.config import registry
+from jaxalign.data.prompts import draw_prompts
 from jaxalign.devices import rng
 from jaxalign.devices.sharding import batch_shards, param_shardings, path_of
 from jaxalign.train.experiment import build
-from jaxalign.train.loop import Programs, draw_prompts
+from jaxalign.train.programs import Programs
 
 MESHES = {"1": dict(mesh__data=1), "8": dict(mesh__data=8),
           "2x2x2": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)}

@@ -10,10 +10,12 @@ import runs
 from jaxalign.config.registry import load_method
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
+from jaxalign.methods.noise import draw
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import inference
 from jaxalign.train.experiment import build
 from jaxalign.train.restore import load_tuned
+from jaxalign.train.search import Search
 
 # Six images in batches of four: the second batch is filled up.
 SMALL = dict(sample__batch=4, eval__samples=2, eval__prompts=3, eval__batch=4,
@@ -35,7 +37,7 @@ def checkpoint(path, **options):
   cfg = runs.smoke("dno", **options)
   exp = build(cfg, jax.devices()[:1])
   method = load_method("dno").make(exp.models, cfg.method, cfg.optim)
-  search = inference.Search(exp, method, runs.HELD_OUT.read_text().splitlines()[:3])
+  search = Search(exp, method, runs.HELD_OUT.read_text().splitlines()[:3])
   checkpoints = Checkpointer(path / "checkpoints")
   state, _ = checkpoints.restore(search.state)
   checkpoints.close()
@@ -95,7 +97,7 @@ def test_two_steps_and_one_equal_three():
   np.testing.assert_array_equal(state["00001"]["z"][1], state["00001"]["z"][3])
   assert summary(whole)["images"] == 6
   # It starts from the evaluation's noise.
-  noise = inference.draw(exp.models, rng.stream(jax.random.key(0), rng.EVAL), np.arange(4))
+  noise = draw(exp.models, rng.stream(jax.random.key(0), rng.EVAL), np.arange(4))
   np.testing.assert_array_equal(state["00000"]["start"], noise)
 
 

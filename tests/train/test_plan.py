@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+import runs
 from jaxalign.config.recipes import load_recipe, parse
+from jaxalign.data.prompts import read_prompts
 from jaxalign.errors import UserError
 from jaxalign.train import plan
-from jaxalign.train.experiment import build, open_pipeline, read_prompts
+from jaxalign.train.experiment import build
+from jaxalign.train.opening import open_pipeline
 
 HLO = """
 HloModule m

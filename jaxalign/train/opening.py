@@ -1,0 +1,51 @@
+"""Opening a model by name: shipped ones, architectures without weights, directories, hub ids."""
+import functools
+import pathlib
+import tempfile
+
+from jaxalign.config.schema import SampleConfig
+from jaxalign.convert import load_pipeline
+from jaxalign.errors import UserError
+from jaxalign.models.architectures import ARCHITECTURES, architecture
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.sampling import Schedule
+
+ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
+
+
+def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: str = "",
+                  shapes_only: bool = False) -> Pipeline:
+  """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
+
+  `jaxalign:sd15` and `jaxalign:sdxl` are architectures without weights, for `shapes_only`.
+  `unet` names weights that take the place of the UNet's; for `shapes_only` see `load_pipeline`.
+  """
+  load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
+                           shapes_only=shapes_only)
+  if not path:
+    raise UserError("model.path is empty: name a diffusers directory or a hub id")
+  if path == "jaxalign:fixture":
+    from jaxalign.testing.fixture import make_pipeline_dir
+    with tempfile.TemporaryDirectory() as folder:
+      make_pipeline_dir(f"{folder}/fixture", image_size=32)
+      return load(f"{folder}/fixture")
+  if path.startswith("jaxalign:"):
+    name = path.removeprefix("jaxalign:")
+    if name in ARCHITECTURES:
+      if not shapes_only:
+        raise UserError(f"model.path={path}: an architecture without weights, for --plan only")
+      return architecture(name, Tokenizer.load(ASSETS / "emoji" / "tokenizer"), shapes_only=True,
+                          dtype=dtype, remat=remat)
+    folder = ASSETS / name
+    if not folder.is_dir():
+      raise UserError(f"model.path={path}: no model of this name is shipped")
+    return load(folder)
+  return load(path)
+
+
+def own_sampler(pipeline: Pipeline) -> SampleConfig:
+  """How a checkpoint is sampled where no run says so: one step for a one-step generator."""
+  if Schedule.from_config(pipeline.scheduler_config).one_step is None:
+    return SampleConfig()
+  return SampleConfig(kind="one_step", steps=1, guidance=1.0)
