@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+import runs
 from jaxalign.config import recipes
 from jaxalign.convert import load_adapter, load_pipeline, save_adapter
 from jaxalign.convert.adapter import FILE

@@ -4,8 +4,8 @@ import json
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from jaxalign.config.recipes import parse
 from jaxalign.errors import UserError
 from jaxalign.train import loop

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
+import runs
 from jaxalign.config.recipes import load_recipe, parse
 from jaxalign.errors import UserError
 from jaxalign.train import plan
