@@ -1,6 +1,6 @@
 """The embedded scorers `emoji_clip` and `emoji_judge`, from drawings and captions.
 
-  python -m jaxalign.data.emoji --output=runs/drawings
+  python -m jaxalign.emoji.drawings --output=runs/drawings
   python -m jaxalign.launch --config=configs/pretrain_emoji_scorers.py:emoji_clip
   python -m jaxalign.launch --config=configs/pretrain_emoji_scorers.py:emoji_judge
 

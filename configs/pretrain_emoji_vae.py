@@ -1,6 +1,6 @@
 """The embedded model's autoencoder, from drawings.
 
-  python -m jaxalign.data.emoji --output=runs/drawings
+  python -m jaxalign.emoji.drawings --output=runs/drawings
   python -m jaxalign.launch --config=configs/pretrain_emoji_vae.py
 
 Argument after a colon: `smoke` for three steps of a tiny one.

@@ -19,12 +19,11 @@ import numpy as np
 
 from jaxalign.config.fields import Count, Fraction, NonNegative, check
 from jaxalign.convert import weights
-from jaxalign.data import emoji
+from jaxalign.emoji import drawings as emoji
+from jaxalign.emoji.quality import reconstruction_error
 from jaxalign.errors import UserError
 from jaxalign.models.vae import AutoencoderKL
 from jaxalign.pretrain import Look, Task
-
-PALETTE = np.stack([emoji.colour_rgb(colour) for colour in emoji.COLOURS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def draw_images(rgba, key, *, batch: int, jitter: float):
   k_vendor, k_name, k_colour, k_jitter, k_flip = jax.random.split(key, 5)
   vendor = jax.random.randint(k_vendor, (batch,), 0, rgba.shape[0])
   name = jax.random.randint(k_name, (batch,), 0, rgba.shape[1])
-  colour = jax.random.choice(k_colour, jnp.asarray(PALETTE), (batch,))
+  colour = jax.random.choice(k_colour, jnp.asarray(emoji.RGB), (batch,))
   colour = jnp.clip(
       colour + jax.random.uniform(k_jitter, colour.shape, minval=-jitter, maxval=jitter), 0, 1)
   images = emoji.composite(rgba[vendor, name].astype(jnp.float32) / 255, colour)
@@ -98,13 +97,6 @@ def reconstruction_loss(x, y, edges: float):
 def kl_to_normal(mean, logvar):
   """KL(N(mean, exp(logvar)) || N(0, 1)) per element, nats."""
   return 0.5 * (mean ** 2 + jnp.exp(logvar) - 1 - logvar).mean()
-
-
-def reconstruction_error(images, reconstructed) -> dict[str, float]:
-  """Mean absolute and root mean squared error of `[B, S, S, 3]` in [0, 1]."""
-  gap = np.asarray(images, np.float64) - np.asarray(reconstructed, np.float64)
-  return {"mean_absolute_error": float(np.abs(gap).mean()),
-          "root_mean_squared_error": float(np.sqrt((gap ** 2).mean()))}
 
 
 def make(cfg: Config, drawings: emoji.Drawings) -> Task:
@@ -146,7 +138,7 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
   name = generator.permutation(count)[:min(256, count)]
   vendor, colour = generator.integers(2, size=len(name)), generator.integers(12, size=len(name))
   shown = np.asarray(emoji.composite(
-      drawings.rgba[vendor, name].astype(np.float32) / 255, PALETTE[colour]))
+      drawings.rgba[vendor, name].astype(np.float32) / 255, emoji.RGB[colour]))
 
   def look(params, thorough):
     mean, _ = encode(params, 2 * shown - 1)

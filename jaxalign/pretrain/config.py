@@ -9,7 +9,7 @@ from jaxalign import pretrain
 from jaxalign.config.fields import Count, check
 from jaxalign.config.recipes import build_group
 from jaxalign.config.schema import OptimConfig, check_seed
-from jaxalign.data.emoji import CORE_CATEGORIES
+from jaxalign.emoji.drawings import CORE_CATEGORIES
 from jaxalign.errors import UserError
 
 
@@ -18,7 +18,7 @@ class DrawingsConfig:
   """What is learned from.
 
   Attributes:
-    drawings: the file `emoji.npz` that `python -m jaxalign.data.emoji` writes.
+    drawings: the file `emoji.npz` that `python -m jaxalign.emoji.drawings` writes.
     categories: of the packages' own, those that are used.
   """
   drawings: str = "runs/drawings/emoji.npz"

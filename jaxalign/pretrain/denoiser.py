@@ -17,16 +17,15 @@ from tqdm import tqdm
 
 from jaxalign.config.fields import Count, Fraction, check
 from jaxalign.convert import load_pipeline, save_pipeline
-from jaxalign.data import emoji
+from jaxalign.emoji import drawings as emoji
+from jaxalign.emoji import quality
+from jaxalign.emoji.scorers import ASSETS
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.vae import encode_images
-from jaxalign.pretrain import Look, Task, autoencoder, quality
-from jaxalign.rewards.emoji import ASSETS
+from jaxalign.pretrain import Look, Task, autoencoder
 from jaxalign.sampling import Schedule
-
-NO_STYLE = 2  # third column of the caption table; 0 and 1 name the vendor's style
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +101,6 @@ def model_configs(cfg: Config, tokenizer: Tokenizer, vae: dict) -> dict[str, dic
   }
 
 
-def caption_tokens(drawings: emoji.Drawings, tokenizer: Tokenizer) -> np.ndarray:
-  """`[N, 12, 3, L]` int32: name, colour, style (or `NO_STYLE`)."""
-  captions = [emoji.caption(name, colour, style) for name in drawings.names
-              for colour in emoji.COLOURS for style in (*emoji.STYLES, None)]
-  return tokenizer(captions).reshape(len(drawings.names), len(emoji.COLOURS), NO_STYLE + 1, -1)
-
-
 def all_latents(vae, params, rgba) -> np.ndarray:
   """Scaled latents `[2 mirrored, 2, N, 12, h, w, c]` f32 of all drawings on all colours."""
   count = rgba.shape[1]
@@ -120,7 +112,7 @@ def all_latents(vae, params, rgba) -> np.ndarray:
         for i in range(count):
           image = rgba[vendor, i, None, :, ::flip].astype(np.float32) / 255
           parts.append(np.asarray(encode(
-              params, emoji.composite(image, autoencoder.PALETTE).astype(np.float32))))
+              params, emoji.composite(image, emoji.RGB).astype(np.float32))))
           bar.update()
   return np.stack(parts).reshape(2, 2, count, *parts[0].shape)
 
@@ -148,7 +140,7 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
   trained = np.array([[not emoji.held_out(str(name), colour) for colour in emoji.COLOURS]
                       for name in drawings.names])
   tables = {"latents": all_latents(vae, vae_params, drawings.rgba),
-            "tokens": caption_tokens(drawings, tokenizer), "empty": tokenizer([""]),
+            "tokens": emoji.caption_tokens(drawings, tokenizer), "empty": tokenizer([""]),
             "pairs": np.argwhere(trained).astype(np.int32)}
 
   def draw(tables, key):
@@ -157,7 +149,8 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
     name, colour = pairs[jax.random.randint(k_pair, (b,), 0, len(pairs))].T
     vendor = jax.random.randint(k_vendor, (b,), 0, 2)
     flip = jax.random.randint(k_flip, (b,), 0, 2)
-    style = jnp.where(jax.random.uniform(k_style, (b,)) < cfg.style_fraction, vendor, NO_STYLE)
+    named = jax.random.uniform(k_style, (b,)) < cfg.style_fraction
+    style = jnp.where(named, vendor, emoji.NO_STYLE)
     empty = jax.random.uniform(k_drop, (b, 1)) < cfg.caption_dropout
     latents = tables["latents"][flip, vendor, name, colour]
     # Evenly spread over time: a batch with few noisy images does not upset the next one's loss.

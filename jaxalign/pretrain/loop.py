@@ -16,8 +16,8 @@ import optax
 from tqdm import tqdm
 
 from jaxalign import pretrain, viz
-from jaxalign.data import emoji
 from jaxalign.devices import rng, sharding
+from jaxalign.emoji.drawings import STYLES, load_drawings
 from jaxalign.errors import UserError
 from jaxalign.methods.optimizer import ema_update, make_optimizer
 from jaxalign.pretrain.config import PretrainConfig
@@ -52,7 +52,7 @@ def _run(cfg, path, devices, stack) -> dict:
       return summary
   mesh = sharding.make_mesh(-1, 1, 1, devices)
   cfg.check_devices(mesh.size)
-  drawings = emoji.load(cfg.data.drawings).of(cfg.data.categories)
+  drawings = load_drawings(cfg.data.drawings).of(cfg.data.categories)
   if not len(drawings.names):
     raise UserError(f"data.categories={cfg.data.categories}: {cfg.data.drawings} has none of them")
   task = pretrain.load(cfg.task_name).make(cfg.task, drawings)
@@ -88,7 +88,7 @@ def _run(cfg, path, devices, stack) -> dict:
   state = jax.jit(init, out_shardings=everywhere)(rng.stream(root, rng.INIT))
   product = lambda: jax.device_get(state["average"] if cfg.optim.ema else state["params"])
   count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-  tqdm.write(f"{cfg.recipe}: {len(drawings.names)} names by {len(emoji.STYLES)} vendors, "
+  tqdm.write(f"{cfg.recipe}: {len(drawings.names)} names by {len(STYLES)} vendors, "
              f"{count:,} parameters")
 
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)

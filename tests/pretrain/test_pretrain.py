@@ -11,13 +11,14 @@ import pytest
 from jaxalign import pretrain
 from jaxalign.config.recipes import load_recipe
 from jaxalign.convert import load_pipeline
-from jaxalign.data import emoji
+from jaxalign.emoji import drawings as emoji
+from jaxalign.emoji import quality, scorer_quality
+from jaxalign.emoji.scorers import ASSETS, load_scorer
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.pretrain import autoencoder, denoiser, loop, quality, scorers
+from jaxalign.pretrain import autoencoder, denoiser, loop, scorers
 from jaxalign.pretrain.config import parse
 from jaxalign.rewards import Reward
-from jaxalign.rewards.emoji import ASSETS, load_scorer
 from jaxalign.storage.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -184,7 +185,8 @@ def test_denoiser_learns_only_trained_pairs(drawings, vae_run, folder):
 
 
 def test_scorer_batch_is_what_it_says(drawings):
-  tables = jax.tree.map(jnp.asarray, scorers.make_tables(drawings, Tokenizer.load(TOKENIZER)))
+  tables = scorer_quality.make_tables(drawings, Tokenizer.load(TOKENIZER))
+  tables = jax.tree.map(jnp.asarray, tables)
   draw = jax.jit(lambda key: scorers.draw_batch(
       tables, key, names=6, colours_per_step=4, style_fraction=0.5))
   batch = draw(jax.random.key(0))
@@ -194,13 +196,13 @@ def test_scorer_batch_is_what_it_says(drawings):
   assert np.all(np.asarray(tables.trained)[row, batch.colour])
   pairs = np.asarray(batch.colour).reshape(-1, 2)
   assert np.all(pairs[:, 0] != pairs[:, 1])
-  assert np.all((batch.style == batch.vendor) | (batch.style == denoiser.NO_STYLE))
+  assert np.all((batch.style == batch.vendor) | (batch.style == emoji.NO_STYLE))
 
 
 def test_true_captions_are_no_negatives():
   zeros = np.zeros(4, np.int32)
   batch = scorers.Batch(None, None, name=zeros, colour=zeros, vendor=np.array([0, 1, 0, 1]),
-                        style=zeros + denoiser.NO_STYLE)
+                        style=zeros + emoji.NO_STYLE)
   image = text = np.eye(4, dtype=np.float32)
   loss, hit = scorers.contrastive_loss(image, text, 1.0, batch)
   assert float(loss) == 0 and float(hit) == 1

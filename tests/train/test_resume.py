@@ -11,9 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-import runs
 from test_loop import restored
 
+import runs
 from jaxalign.errors import UserError
 
 VARIANT = dict(method__replay_lag=1, optim__ema=0.9)
