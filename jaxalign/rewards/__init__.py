@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import registry
+from jaxalign.config.source import one_line
 from jaxalign.errors import UserError
 
 
@@ -198,12 +199,6 @@ def check_scores(reward_name: str, scores, prompts) -> np.ndarray:
     raise UserError(f"{where} returned {array[i]} at index {i}, prompt {prompts[i]!r} "
                     f"({bad.size} of {array.size} scores are not finite)")
   return array
-
-
-def one_line(error: BaseException) -> str:
-  """An exception as one line: its type and the first line of its message."""
-  lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _without_where(names: tuple[str, ...]) -> tuple[str, ...]:
