@@ -197,8 +197,8 @@ def test_workdir_of_another_run_names_the_first_key(fails):
 def test_workdir_whose_prompts_have_changed_since(fails, tmp_path):
   path = shutil.copytree(runs.finished(), tmp_path / "run")
   record = json.loads((path / "config.json").read_text())
-  assert set(record["prompts"]) == {"data.prompts", "data.eval_prompts"}
-  record["prompts"]["data.eval_prompts"] = "0" * 64
+  assert set(record["contents"]) == {"data.prompts", "data.eval_prompts"}
+  record["contents"]["data.eval_prompts"] = "0" * 64
   (path / "config.json").write_text(json.dumps(record))
   before = snapshot(path)
   fails("launch", *launch_args(f"--workdir={path}", "--config.train.steps=4"),

@@ -59,7 +59,10 @@ def _run(cfg, path, devices, stack) -> dict:
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
   pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
   method_module = registry.load_method(cfg.method_name)
-  workdir = Workdir(path, cfg, {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts})
+  contents = {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts}
+  if cfg.reads_pairs:
+    contents["data.pairs"] = [pair_files.digest()]
+  workdir = Workdir(path, cfg, contents)
   finished = read_finished(workdir.path, cfg)
   if finished:
     say(f"{path}: this run is finished; see {path / 'summary.json'}")

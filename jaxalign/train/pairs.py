@@ -97,11 +97,7 @@ def _cache_file(exp: Experiment, pairs: Pairs) -> pathlib.Path:
     digest.update(np.ascontiguousarray(leaf))
   with processes.progress(total=len(pairs), desc="hashing pairs", unit="pair", leave=False) as bar:
     for i in range(len(pairs)):
-      digest.update(repr((pairs.captions[i], float(pairs.labels[i]))).encode())
-      for content in pairs.load(int(pairs.rows[i])):
-        data = content.read_bytes() if isinstance(content, pathlib.Path) else content
-        digest.update(hashlib.sha256(data if isinstance(data, bytes) else repr(data).encode())
-                      .digest())
+      digest.update(pairs.fingerprint(i))
       bar.update()
   return folder / f"pairs-{digest.hexdigest()[:32]}.npy"
 
