@@ -279,8 +279,21 @@ def _on_host(name, reward):
   jitted = jax.jit(lambda params, images, prepared: _checked_trace(
     name, images, reward.score(params, images, prepared)))
 
+  rows = {}                                # prompt -> what was prepared for it
+
+  def prepare(prompts):
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+    if new:
+      prepared = _checked_prepare(name, reward, new)
+      rows.update((prompt, {key: value[i] for key, value in prepared.items()})
+                  for i, prompt in enumerate(new))
+    mine = [rows[prompt] for prompt in prompts]
+    if len({tuple((key, value.shape) for key, value in row.items()) for row in mine}) > 1:
+      return _checked_prepare(name, reward, prompts)       # padded to the longest of a call
+    return {key: np.stack([row[key] for row in mine]) for key in mine[0]}
+
   def score(images, prompts):
     pixels = images.astype(np.float32) / 255
-    return np.asarray(jitted(reward.params, pixels, _checked_prepare(name, reward, prompts)))
+    return np.asarray(jitted(reward.params, pixels, prepare(prompts)))
 
   return HostReward(name, score, reward.range)
