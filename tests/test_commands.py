@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import runs
+from jaxalign import sample
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main
@@ -264,6 +266,33 @@ def test_sample_command(command, tmp_path, tuned):
   assert (tmp_path / "out" / "grid.png").is_file()
   expected = generate(tuned, PROMPTS, 3, seed=5, sample=runs.smoke().sample)
   np.testing.assert_array_equal(images, expected)
+
+
+def test_sample_lets_go_of_images_and_leaves_whole_files(tmp_path):
+  """Images are written as they come; a run that ends half-way has listed nothing."""
+  sample._FLAGS(["sample"])
+  prompts, alive = [f"cat {i}" for i in range(70)], []
+
+  def drawn(upto):
+    for i in range(0, upto, 2):
+      part = np.full((2, 8, 8, 3), i, np.uint8)
+      alive.append(weakref.ref(part))
+      yield part
+      assert (tmp_path / f"{i + 1:04d}_00.png").exists()
+      del part
+      assert sum(ref() is not None for ref in alive) <= 1
+  (tmp_path / "samples.jsonl").write_text("of another run")
+
+  def interrupted():
+    yield from drawn(40)
+    raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt):
+    sample._write(tmp_path, interrupted(), prompts, 1)
+  names = sorted(file.name for file in tmp_path.iterdir())
+  assert names == [f"{i:04d}_00.png" for i in range(40)] + ["grid.png"]
+  sample._write(tmp_path, drawn(70), prompts, 1)
+  assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 70
+  assert len(list(tmp_path.iterdir())) == 72
 
 
 def test_generate(tuned):

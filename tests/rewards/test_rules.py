@@ -154,8 +154,8 @@ def test_a_mixed_sum_prepares_each_prompt_once(monkeypatch, pad):
     width = pad or max(map(len, prompts))
     return {"letters": np.stack([np.pad(np.ones(len(p), np.float32), (0, width - len(p)))
                                  for p in prompts])}
-  _install(monkeypatch, "length", Reward(
-      "length", {}, prepare, lambda params, images, c: c["letters"].sum(1) + images.mean((1, 2, 3))))
+  score = lambda params, images, prepared: prepared["letters"].sum(1) + images.mean((1, 2, 3))
+  _install(monkeypatch, "length", Reward("length", {}, prepare, score))
   reward = make_reward(("length", "jpeg_compressibility"), (1.0, 0.0))
   images = np.zeros((3, 8, 8, 3), np.uint8)
   for prompts in (["a", "bb", "a"], ["bb", "bb", "ccc"], ["ccc", "a", "bb"]):
