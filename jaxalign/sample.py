@@ -24,7 +24,7 @@ from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.storage.files import whole
 from jaxalign.train.opening import own_sampler
 from jaxalign.train.restore import load_tuned, run_config
@@ -86,13 +86,11 @@ def _programs(pipeline: Pipeline, sample: SampleConfig):
   """`encode(params, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
   pipeline = pipeline.resized(sample.height, sample.width)
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  sampler = make_sampler(schedule, sample.steps, kind=sample.kind, eta=sample.eta,
-                         spacing=sample.spacing, final=sample.final, variance=sample.variance,
-                         timestep=sample.timestep)
-  eps_fn = guided_eps(pipeline.denoise, schedule, sample.guidance)
+  sampler = make_sampler(schedule, **sample.transitions)
+  output_fn = guided_output(pipeline.denoise, sample.guidance)
 
   def draw(params, conditioning, key, ids):
-    trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key, ids,
+    trajectory = rollout(output_fn, {"params": params["unet"]}, sampler, conditioning, key, ids,
                          pipeline.latent_shape)
     images = decode_images(pipeline.vae, params["vae"], trajectory.final)
     return (images * 255).round().astype(jnp.uint8)

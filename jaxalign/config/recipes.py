@@ -14,7 +14,7 @@ import typing
 import ml_collections
 
 from jaxalign.config import registry, source
-from jaxalign.config.schema import GROUPS, Config
+from jaxalign.config.schema import GROUPS, OLD_FINALS, Config
 from jaxalign.errors import UserError
 
 
@@ -28,10 +28,12 @@ def default(method: str, recipe: str = "") -> ml_collections.ConfigDict:
 
 
 def completed(values: dict) -> dict:
-  """What an older version wrote as config.json, with the defaults of keys that it did not know."""
+  """What an older version wrote as config.json, with defaults and names of keys that are new."""
   known = json.loads(default(values["method"]["name"]).to_json())
-  return {**values, **{name: {**group, **values.get(name, {})}
-                       for name, group in known.items() if isinstance(group, dict)}}
+  values = {**values, **{name: {**group, **values.get(name, {})}
+                         for name, group in known.items() if isinstance(group, dict)}}
+  final = values["sample"]["final"]
+  return {**values, "sample": {**values["sample"], "final": OLD_FINALS.get(final, final)}}
 
 
 def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:

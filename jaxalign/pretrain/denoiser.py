@@ -124,7 +124,7 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
   pipeline = Pipeline.build(model_configs(cfg, tokenizer, vae_config), tokenizer, {})
   pipeline = dataclasses.replace(pipeline, params={"vae": vae_params})
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  steps = len(schedule.alphas_cumprod)
+  steps = len(schedule.times)
 
   def init(key):
     if cfg.init:

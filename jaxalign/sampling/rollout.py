@@ -56,8 +56,8 @@ def step_noise(key, sample_ids, latent_shape, k):
 def transition(output_fn, params, sampler: Sampler, k, x_k, noise, conditioning, before=None):
   """One step: `(x_{k+1}, output, log_prob [B])` with the injected `noise` given.
 
-  `before` is `(clean estimate of the step before, whether there is one)`; only second-order samplers
-  ask for it.
+  `before` is `(clean estimate of the step before, whether there is one)`; only second-order
+  samplers ask for it.
   """
   out = output_fn(params, x_k, sampler.at("timesteps", k), conditioning)
   std = sampler.at("std", k)

@@ -252,7 +252,7 @@ def _row(schedule, kind, eta, variance, times, now, after):
 
 
 def _correction(now, after):
-  """Of DPM-Solver++(2M), midpoint: `alpha' (1 - exp(-h)) h / (2 h_before)`, h in log(alpha / sigma).
+  """Of DPM-Solver++(2M): `alpha' (1 - exp(-h)) h / (2 h_before)`, h steps of log(alpha / sigma).
 
   0 at the first step, where there is none before; after pure noise and into a clean output, where h
   is infinite, steps are of first order.

@@ -143,8 +143,14 @@ class Schedule:
   @property
   def times(self) -> np.ndarray:
     """The times that a network is trained at, `[N]` f64, the noisiest last."""
-    last = len(self.alphas) - 1
-    return last * shifted(np.arange(last + 1) / last, self.shift)
+    index = np.arange(len(self.alphas), dtype=np.float64)
+    return index if self.shift == 1 else index[-1] * shifted(index / index[-1], self.shift)
+
+  @property
+  def training_levels(self) -> np.ndarray:
+    """`(alpha, sigma)` at `times`, `[2, N]` f64."""
+    index = np.arange(len(self.alphas))
+    return np.stack([np.interp(self.times, index, table) for table in (self.alphas, self.sigmas)])
 
   def levels(self, t):
     """`(alpha, sigma)` f32 at times `t` of any shape."""
