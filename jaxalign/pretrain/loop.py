@@ -19,7 +19,7 @@ from jaxalign import pretrain, viz
 from jaxalign.devices import rng, sharding
 from jaxalign.emoji.drawings import STYLES, load_drawings
 from jaxalign.errors import UserError
-from jaxalign.methods.optimizer import ema_update, make_optimizer
+from jaxalign.methods.shared.optimizer import ema_update, make_optimizer
 from jaxalign.pretrain.config import PretrainConfig
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.workdir import Workdir

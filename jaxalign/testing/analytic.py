@@ -1,8 +1,8 @@
 """The analytic world: Gaussian mixtures, exact networks and exact reward-tilted targets.
 
 `make_models` puts a mixture behind the same seam as a pretrained network, so that a method's real
-code can be proved against closed forms, on any linear path. Samples are vectors: latents `[B, D]`, and `decode` is the
-identity.
+code can be proved against closed forms, on any linear path. Samples are vectors: latents `[B, D]`,
+and `decode` is the identity.
 """
 import dataclasses
 
