@@ -22,7 +22,7 @@ from jaxalign.evaluate import main as evaluate_main
 from jaxalign.export import main as export_main
 from jaxalign.models.vae import decode_images
 from jaxalign.sample import _prompts, generate
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train.restore import load_tuned
 
@@ -487,13 +487,13 @@ def float_images(pipeline, latents, prompts, steps=10, guidance=3.0):
   """Our deterministic sampler from given noise, images `[B, H, W, 3]` f32."""
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, steps, eta=0.0, final="")
-  eps = guided_eps(pipeline.denoise, schedule, guidance)
+  output = guided_output(pipeline.denoise, guidance)
   encode = lambda texts: pipeline.encode_prompts(pipeline.text_params, pipeline.tokenize(texts))
   conditioning = Conditioning(encode(prompts), encode([""] * len(prompts)))
 
   @jax.jit
   def draw(params, latents, conditioning):
-    path = rollout(eps, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
+    path = rollout(output, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
                    jnp.arange(len(prompts)), pipeline.latent_shape, x_init=latents)
     return decode_images(pipeline.vae, params["vae"], path.final)
   return np.asarray(draw(pipeline.params, latents, conditioning))

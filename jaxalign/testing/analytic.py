@@ -67,6 +67,19 @@ def exact_output(schedule: Schedule, mixture, x, t):
   return schedule.target(*estimates(mixture, x, *schedule.levels(t)), t)
 
 
+def gaussian_line(schedule: Schedule, alpha, sigma, mean, var):
+  """`slope, offset` of the perfect output `slope x + offset` for N(mean, var) data, numpy f64.
+
+  `alpha`, `sigma` are levels of any shape. The closed form of `exact_output` for one Gaussian, of
+  which chains of affine steps are made.
+  """
+  total = alpha ** 2 * var + sigma ** 2
+  of_eps, of_clean = {"epsilon": (1, 0), "sample": (0, 1), "v_prediction": (alpha, -sigma),
+                      "flow": (1, -1)}[schedule.prediction]
+  slope = (of_eps * sigma + of_clean * alpha * var) / total
+  return slope, of_clean * mean - slope * alpha * mean
+
+
 def linear_reward(w):
   """`R(x) = w.x`: (reward params, score function)."""
   return {"w": jnp.asarray(w, jnp.float32)}, lambda p, x, _: (x * p["w"][None]).sum(-1)

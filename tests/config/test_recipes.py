@@ -13,12 +13,12 @@ from jaxalign.config import command, recipes, schema
 from jaxalign.config.recipes import default, parse, recipe_path, split_argument
 from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
-from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
+from jaxalign.methods.draft import PRESETS as DRAFT_PRESETS
+from jaxalign.methods.mapo import PRESETS as MAPO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
-from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 from jaxalign.train.restore import run_config
 from jaxalign.train.workdir import Workdir
 
@@ -32,7 +32,7 @@ RECIPES = [
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
     for size in ("emoji", "smoke", "sd15")),
-  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS),
+  *(f"draft:smoke,{name}" for name in DRAFT_PRESETS),
   *(f"{name}:{size}" for name in ("dno", "best_of_n") for size in ("emoji", "smoke", "sd15",
                                                                    "sdxl")),
   *(f"dno:sd15,{name}" for name in DNO_PRESETS),
