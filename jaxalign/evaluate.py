@@ -36,9 +36,12 @@ _REWARD = _FLAGS.define("multi_string", "reward", None, "A reward, as in reward.
 _JUDGE = _FLAGS.define("string", "judge", None, "Held-out scorer, whose features measure "
                        "diversity; that of the run, else emoji_judge.")
 _SEED = _FLAGS.define("integer", "seed", 0, "Of the noise.", lower_bound=0)
-_STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
-_GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
-_ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_STEPS = _FLAGS.define("integer", "steps", None,
+                        "Denoising steps; those of the run, else 20 (28 on a flow).")
+_GUIDANCE = _FLAGS.define("float", "guidance", None,
+                           "Guidance scale; that of the run, else 3 (7 on a flow).")
+_ETA = _FLAGS.define("float", "eta", None,
+                      "Noise of the sampler; that of the run, else 1 (0 on a flow).")
 _BATCH = _FLAGS.define("integer", "batch", None, "Images per device program; those of the run "
                        "(eval.batch), else 64.", lower_bound=1)
 _DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],

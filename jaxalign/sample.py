@@ -36,9 +36,12 @@ _OUTPUT = _FLAGS.define("string", "output", None, "Folder for the images.")
 _N = _FLAGS.define("integer", "n", 4, "Images per prompt.", lower_bound=1)
 _SEED = _FLAGS.define("integer", "seed", 0, "Same seed, prompts and n: same images.")
 _NEGATIVE = _FLAGS.define("string", "negative_prompt", "", "What to steer away from.")
-_STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
-_GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
-_ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_STEPS = _FLAGS.define("integer", "steps", None,
+                        "Denoising steps; those of the run, else 20 (28 on a flow).")
+_GUIDANCE = _FLAGS.define("float", "guidance", None,
+                           "Guidance scale; that of the run, else 3 (7 on a flow).")
+_ETA = _FLAGS.define("float", "eta", None,
+                      "Noise of the sampler; that of the run, else 1 (0 on a flow).")
 _HEIGHT = _FLAGS.define("integer", "height", None, "Pixels; as in the run, else the model's.")
 _WIDTH = _FLAGS.define("integer", "width", None, "Pixels; as in the run, else the model's.")
 _BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", lower_bound=1)
