@@ -47,6 +47,8 @@ def architecture(name: str, tokenizer: Tokenizer, *, shapes_only: bool, dtype="f
                  remat="none") -> Pipeline:
   """The pipeline of `ARCHITECTURES[name]` with shapes or random weights; `tokenizer` stands in."""
   configs = {key: dict(value) for key, value in ARCHITECTURES[name].items()}
-  pipeline = Pipeline.build(configs, tokenizer, {} if shapes_only else None,
-                            tokenizer_2=tokenizer, dtype=dtype, remat=remat)
+  tokenizers = {name.replace("text_encoder", "tokenizer"): tokenizer.with_length(
+      config["max_position_embeddings"]) for name, config in configs.items() if "text" in name}
+  pipeline = Pipeline.build(configs, tokenizers, {} if shapes_only else None, dtype=dtype,
+                            remat=remat)
   return dataclasses.replace(pipeline, params=pipeline.param_shapes()) if shapes_only else pipeline

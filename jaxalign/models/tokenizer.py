@@ -102,6 +102,11 @@ class Tokenizer:
         raise UserError(f"{folder / name}: tokenizer file is missing")
     return cls(files, str(folder))
 
+  def with_length(self, length: int) -> "Tokenizer":
+    """The same with L tokens a prompt."""
+    config = json.loads(self._files["tokenizer_config.json"]) | {"model_max_length": length}
+    return Tokenizer({**self._files, "tokenizer_config.json": json.dumps(config).encode()})
+
   def save(self, folder) -> None:
     """Writes the files it was loaded from, byte for byte."""
     folder = pathlib.Path(folder)

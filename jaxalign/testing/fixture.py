@@ -93,7 +93,7 @@ def make_pipeline_dir(path, seed: int = 0, *, image_size: int = 16):
   """Writes the fixture pipeline, f32 safetensors, to directory `path`, and returns `path`."""
   tokenizer = make_tokenizer()
   configs = make_configs(tokenizer, image_size)
-  save_pipeline(Pipeline.build(configs, tokenizer, seed=seed), path)
+  save_pipeline(Pipeline.build(configs, {"tokenizer": tokenizer}, seed=seed), path)
   return path
 
 

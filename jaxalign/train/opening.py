@@ -19,7 +19,7 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
   """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
 
   `jaxalign:sd15` and `jaxalign:sdxl` are architectures without weights, for `shapes_only`.
-  `unet` names weights that take the place of the UNet's; for `shapes_only` see `load_pipeline`.
+  `unet` names weights that take the place of the denoiser's; for `shapes_only` see `load_pipeline`.
   """
   load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
                            shapes_only=shapes_only)

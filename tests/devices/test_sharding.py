@@ -22,6 +22,7 @@ from jaxalign.models.clip import (
   CLIPTextModelWithProjection,
   CLIPVisionModelWithProjection,
 )
+from jaxalign.models.stable_diffusion import StableDiffusionPipeline
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import AutoencoderKL
 from jaxalign.testing.fixture import make_configs, make_tokenizer
@@ -114,7 +115,7 @@ def test_no_rule_is_dead(all_shapes):
   paths = {path for tree in all_shapes.values() for path in tree}
   base = traverse_util.unflatten_dict(all_shapes["unet_fixture"], sep="/")
   adapter = jax.eval_shape(
-      lambda key: lora.init(key, base, 2, tuple(lora.TARGETS)), jax.random.key(0))
+      lambda key: lora.init(key, base, 2, StableDiffusionPipeline.lora_targets), jax.random.key(0))
   paths |= set(traverse_util.flatten_dict(adapter, sep="/"))
   used = {first_rule(path) for path in paths}
   assert not [PARAM_RULES[i][0] for i in range(len(PARAM_RULES)) if i not in used]
