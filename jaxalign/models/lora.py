@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-# Which kernels an adapter target covers; paths as in `down_blocks_0/resnets_0/conv1`.
+from jaxalign.errors import UserError
+
+# Which kernels an adapter target covers, of every denoiser: its network's own names tell them
+# apart. Paths as in `down_blocks_0/resnets_0/conv1`, `transformer_blocks_0/attn/add_q_proj`.
 TARGETS = {
-    "attention": r"attn\d/to_(q|k|v|out_0)$",
-    "ff": r"ff/(net_0/proj|net_2)$",
+    "attention": r"attn\d?/(to_(q|k|v|out_0|add_out)|add_(q|k|v)_proj)$",
+    "ff": r"ff(_context)?/(net_0/proj|net_2)$",
     "conv": r"(resnets_\d+/(conv1|conv2|conv_shortcut)|samplers_0/conv)$",
 }
 
@@ -32,7 +35,8 @@ def init(key, params, rank: int, targets=("attention",)):
   Returns:
     Nested dict of `a [..., in, rank]` and `b [rank, out]`, f32.
   Raises:
-    ValueError: an unknown target, or one that matches no layer.
+    ValueError: an unknown target.
+    UserError: a target that this network has no layer for.
   """
   tree = {}
   flat = traverse_util.flatten_dict(params, sep="/")
@@ -42,7 +46,7 @@ def init(key, params, rank: int, targets=("attention",)):
     paths = [p.removesuffix("/kernel") for p in sorted(flat) if p.endswith("/kernel")]
     paths = [p for p in paths if re.search(TARGETS[target], p)]
     if not paths:
-      raise ValueError(f"targets: {target!r} matches no layer of this network")
+      raise UserError(f"model.lora_targets: {target!r} matches no layer of this network")
     for path in paths:
       shape = flat[f"{path}/kernel"].shape
       path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
