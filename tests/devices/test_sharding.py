@@ -17,6 +17,7 @@ from jaxalign.devices.sharding import PARAM_RULES, make_mesh, param_shardings, s
 from jaxalign.errors import UserError
 from jaxalign.methods.optimizer import make_optimizer
 from jaxalign.models import lora
+from jaxalign.models.architectures import ARCHITECTURES
 from jaxalign.models.clip import (
   CLIPTextModel,
   CLIPTextModelWithProjection,
@@ -52,15 +53,7 @@ TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_a
             projection_dim=768)
 VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
               num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768)
-SD35 = dict(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
-    joint_attention_dim=4096, pooled_projection_dim=2048, qk_norm="rms_norm")
-SD35_MEDIUM = dict(SD35, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-                   pos_embed_max_size=384, dual_attention_layers=list(range(13)))
-SD35_LARGE = dict(SD35, num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
-                  pos_embed_max_size=192)
-T5_XXL = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-              feed_forward_proj="gated-gelu")
+SD35_MEDIUM, SD35_LARGE = ARCHITECTURES["sd35_medium"], ARCHITECTURES["sd35_large"]
 SMALL = make_configs(make_tokenizer())
 
 
@@ -95,9 +88,9 @@ MODELS = {
         **SDXL, "block_out_channels": [32, 64, 96], "attention_head_dim": 4,
         "transformer_layers_per_block": [1, 1, 2]}),
     "unet_fixture": lambda: unet(SMALL["unet"]),
-    "transformer_sd35_medium": lambda: transformer(SD35_MEDIUM),
-    "transformer_sd35_large": lambda: transformer(SD35_LARGE),
-    "t5_xxl": lambda: text(T5_XXL, T5EncoderModel),
+    "transformer_sd35_medium": lambda: transformer(SD35_MEDIUM["transformer"]),
+    "transformer_sd35_large": lambda: transformer(SD35_LARGE["transformer"]),
+    "t5_xxl": lambda: text(SD35_MEDIUM["text_encoder_3"], T5EncoderModel),
     "vae_sd15": lambda: vae(VAE),
     "vae_fixture": lambda: vae(SMALL["vae"]),
     "text_sd15": lambda: text(TEXT),

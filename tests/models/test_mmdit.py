@@ -11,6 +11,7 @@ from flax import traverse_util
 from jaxalign.convert import names
 from jaxalign.errors import UserError
 from jaxalign.models import lora, mmdit
+from jaxalign.models.architectures import ARCHITECTURES
 from jaxalign.models.mmdit import SD3Transformer2DModel
 from jaxalign.models.pipeline import random_params
 
@@ -23,16 +24,8 @@ KINDS = {
     "dual": dict(SMALL, qk_norm="rms_norm", dual_attention_layers=[0, 1]),
     "patch1": dict(SMALL, sample_size=4, patch_size=1, pos_embed_max_size=8, qk_norm="rms_norm"),
 }
-FULL = dict(joint_attention_dim=4096, pooled_projection_dim=2048, attention_head_dim=64)
-FULLS = {
-    "sd3_medium": dict(FULL, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-                       pos_embed_max_size=192),
-    "sd35_medium": dict(FULL, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-                        pos_embed_max_size=384, qk_norm="rms_norm",
-                        dual_attention_layers=list(range(13))),
-    "sd35_large": dict(FULL, num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
-                       pos_embed_max_size=192, qk_norm="rms_norm"),
-}
+FULLS = {name: ARCHITECTURES[name]["transformer"]
+         for name in ("sd3_medium", "sd35_medium", "sd35_large")}
 TABLE = "pos_embed.pos_embed"
 
 
