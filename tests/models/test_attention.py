@@ -140,21 +140,25 @@ def test_pairs_are_encoded_and_flow_nets_run_on_a_slice():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("mesh, batch", [((4, 1, 1), 4), ((2, 1, 2), 4), ((4, 1, 1), 6)])
-def test_no_matrix_of_scores_on_a_slice(mesh, batch):
-  """Forward and backward for v5e:2x2, 4096 tokens: less than one f32 matrix of scores, no
-  collectives but where the batch does not divide."""
+@pytest.mark.parametrize("mesh, batch, tokens, size", [
+    ((4, 1, 1), 4, 4096, 40), ((2, 1, 2), 4, 4096, 40), ((4, 1, 1), 6, 4096, 40),
+    ((2, 1, 2), 4, 4174, 64)])
+def test_no_matrix_of_scores_on_a_slice(mesh, batch, tokens, size):
+  """Forward and backward for v5e:2x2: less than one f32 matrix of scores, no collectives but where
+  the batch does not divide. 4174 tokens are image and text of Stable Diffusion 3 with a bias."""
   _, devices = plan.find_chips("v5e:2x2")
   mesh = sharding.make_mesh(*mesh, devices)
-  heads, tokens, size = 4, 4096, 40
+  heads = 4
   spec = sharding.batch_sharding(mesh) if batch == 4 else sharding.replicated(mesh)
   shape = jax.ShapeDtypeStruct((batch, tokens, heads * size), jnp.bfloat16, sharding=spec)
   assert sharding.on_mesh(attention.platform, mesh)() == "tpu"
 
-  def loss(q, k, v):
-    out = sharding.on_mesh(attention.attend, mesh)(q, k, v, heads)
+  bias = jax.ShapeDtypeStruct((batch, tokens), jnp.float32, sharding=spec)
+
+  def loss(q, k, v, bias):
+    out = sharding.on_mesh(attention.attend, mesh)(q, k, v, heads, None if size == 40 else bias)
     return jnp.square(out.astype(jnp.float32)).sum()
-  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape, shape, shape).lower().compile()
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape, shape, shape, bias).lower().compile()
   rows = -(-batch // 4) if batch == 4 else batch
   assert compiled.memory_analysis().temp_size_in_bytes < rows * heads * tokens ** 2 * 4
   if mesh.shape["tensor"] == 1 and batch == 4:
