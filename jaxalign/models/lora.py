@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from jaxalign.errors import UserError
+
 
 def init(key, params, rank: int, targets: Mapping[str, str]):
   """New adapter: `a` Gaussian with standard deviation 1/rank (PEFT's "gaussian"), `b` zero.
@@ -27,7 +29,7 @@ def init(key, params, rank: int, targets: Mapping[str, str]):
   Returns:
     Nested dict of `a [..., in, rank]` and `b [rank, out]`, f32.
   Raises:
-    ValueError: a target matches no layer.
+    UserError: a target that this network has no layer for.
   """
   tree = {}
   flat = traverse_util.flatten_dict(params, sep="/")
@@ -35,7 +37,7 @@ def init(key, params, rank: int, targets: Mapping[str, str]):
     paths = [p.removesuffix("/kernel") for p in sorted(flat) if p.endswith("/kernel")]
     paths = [p for p in paths if re.search(pattern, p)]
     if not paths:
-      raise ValueError(f"targets: {target!r} matches no layer of this network")
+      raise UserError(f"model.lora_targets: {target!r} matches no layer of this network")
     for path in paths:
       shape = flat[f"{path}/kernel"].shape
       path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
