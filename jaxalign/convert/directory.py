@@ -12,7 +12,7 @@ import jax
 from jaxalign.convert import weights
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline, families
-from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.models.tokenizer import load_tokenizer
 
 FORMATS = ("diffusers", "flax")
 
@@ -39,7 +39,7 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
     if not (folder / name).is_dir():
       raise UserError(f"{folder / name}: component is missing")
     if name.startswith("tokenizer"):
-      tokenizers[name] = Tokenizer.load(folder / name)
+      tokenizers[name] = load_tokenizer(index[name][1], folder / name)
     else:
       configs[name] = read_json(folder / name / _config_file(name))
   try:
@@ -100,7 +100,7 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
       _write_json(new / name / _config_file(name), configs[name])
     for name in pipeline.networks:
       weights.save(new / name, name, params[name], pipeline.stored.get(name, {}),
-                   pipeline.extras.get(name, {}), format=format, dtype=dtype)
+                   pipeline.buffers.get(name, {}), format=format, dtype=dtype)
     for name, tokenizer in pipeline.tokenizers.items():
       tokenizer.save(new / name)
     _write_json(new / "model_index.json", configs["model_index"])

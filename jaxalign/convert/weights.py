@@ -18,8 +18,10 @@ from jaxalign.models.pipeline import Stored
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Buffers among the parameters, kept for the way back: position ids that old transformers versions
-# saved.
-_EXTRAS = ("position_ids",)
+# saved, and the table of positions of Stable Diffusion 3.
+_EXTRAS = ("position_ids", "pos_embed.pos_embed")
+# Second names of one tensor, which some files of T5 have.
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 _SHOWN = 3  # tensors named per kind of mismatch
 
 
@@ -149,6 +151,9 @@ def load(source: pathlib.Path, model: str, shapes,
     tensors = adapt(tensors)
   shapes = {path: leaf.shape for path, leaf in
             traverse_util.flatten_dict(shapes, sep="/").items()}
+  for name, own in _TIED.items():
+    if name in tensors and own in tensors and np.array_equal(tensors[name], tensors[own]):
+      del tensors[name]
   extras = {name: tensors.pop(name) for name in sorted(tensors) if name.endswith(_EXTRAS)}
   standard = {path: names.torch_name(path) for path in shapes}
   if model == "vae":  # old files keep the old attention names, which are also the Flax ones

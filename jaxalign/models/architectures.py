@@ -6,7 +6,7 @@ Diffusion 3 medium and 3.5 medium and large; keys that are left out have the net
 import dataclasses
 
 from jaxalign.models.pipeline import Pipeline
-from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.models.tokenizer import T5_LENGTH, Tokenizer
 
 _CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                num_attention_heads=12, hidden_act="quick_gelu", vocab_size=49408,
@@ -71,10 +71,15 @@ ARCHITECTURES = {
 
 def architecture(name: str, tokenizer: Tokenizer, *, shapes_only: bool, dtype="float32",
                  remat="none") -> Pipeline:
-  """The pipeline of `ARCHITECTURES[name]` with shapes or random weights; `tokenizer` stands in."""
+  """The pipeline of `ARCHITECTURES[name]` with shapes or random weights.
+
+  `tokenizer` stands in for those of the text encoders, with as many tokens as theirs.
+  """
   configs = {key: dict(value) for key, value in ARCHITECTURES[name].items()}
-  tokenizers = {name.replace("text_encoder", "tokenizer"): tokenizer.with_length(
-      config["max_position_embeddings"]) for name, config in configs.items() if "text" in name}
+  tokenizers = {
+      name.replace("text_encoder", "tokenizer"): tokenizer.with_length(
+          config.get("max_position_embeddings", T5_LENGTH))
+      for name, config in configs.items() if name.startswith("text_encoder")}
   pipeline = Pipeline.build(configs, tokenizers, {} if shapes_only else None, dtype=dtype,
                             remat=remat)
   return dataclasses.replace(pipeline, params=pipeline.param_shapes()) if shapes_only else pipeline

@@ -124,8 +124,8 @@ def constants(table, config: SD3Config, h: int, w: int) -> dict:
     raise UserError(f"latents of {h}x{w} are {rows}x{columns} patches, but this checkpoint has "
                     f"positions for {side}x{side} (pos_embed_max_size); choose smaller images")
   top, left = (side - rows) // 2, (side - columns) // 2
-  table = np.asarray(table, np.float32).reshape(side, side, -1)
-  return {"pos_embed": {"pos_embed": table[top:top + rows, left:left + columns]}}
+  table = np.reshape(table, (side, side, -1))[top:top + rows, left:left + columns]
+  return {"pos_embed": {"pos_embed": table.astype(np.float32)}}
 
 
 class PatchEmbed(nn.Module):

@@ -22,8 +22,6 @@ from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
 
-CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -164,6 +162,11 @@ class Pipeline:
   def pixel_step(self) -> int:
     """Height and width of an image are multiples of so many pixels."""
     return self.vae.factor
+
+  @property
+  def buffers(self) -> dict[str, dict[str, np.ndarray]]:
+    """`extras` of a checkpoint that is written, with those that new weights lack."""
+    return self.extras
 
   @property
   def constants(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModel
-from jaxalign.models.pipeline import CLIP_TOKENIZERS, Pipeline
+from jaxalign.models.pipeline import Pipeline
+from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import AutoencoderKL
 
@@ -17,7 +18,7 @@ class StableDiffusionPipeline(Pipeline):
   denoiser_name = "unet"
   components = {
       "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",),
-      "text_encoder": ("CLIPTextModel",), "tokenizer": CLIP_TOKENIZERS, "scheduler": None,
+      "text_encoder": ("CLIPTextModel",), "tokenizer": Tokenizer.CLASSES, "scheduler": None,
   }
   formats = ("diffusers", "flax")
   lora_targets = {

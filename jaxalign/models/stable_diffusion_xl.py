@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModelWithProjection
 from jaxalign.models.stable_diffusion import StableDiffusionPipeline
+from jaxalign.models.tokenizer import Tokenizer
 
 
 class StableDiffusionXLPipeline(StableDiffusionPipeline):
@@ -17,7 +18,7 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
   """
   components = StableDiffusionPipeline.components | {
       "text_encoder_2": ("CLIPTextModelWithProjection",),
-      "tokenizer_2": StableDiffusionPipeline.components["tokenizer"],
+      "tokenizer_2": Tokenizer.CLASSES,
   }
   formats = ("diffusers",)
   added = "text_time"

@@ -16,20 +16,22 @@ ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: str = "",
                   shapes_only: bool = False) -> Pipeline:
-  """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
+  """`jaxalign:NAME`, a diffusers directory or a hub id -> Pipeline.
 
-  `jaxalign:sd15` and `jaxalign:sdxl` are architectures without weights, for `shapes_only`.
+  Names are those of the models shipped, `fixture` and `fixture_sd3` with random weights, and of
+  `ARCHITECTURES`, which have no weights and are for `shapes_only`.
   `unet` names weights that take the place of the denoiser's; for `shapes_only` see `load_pipeline`.
   """
   load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
                            shapes_only=shapes_only)
   if not path:
     raise UserError("model.path is empty: name a diffusers directory or a hub id")
-  if path == "jaxalign:fixture":
-    from jaxalign.testing.fixture import make_pipeline_dir
+  if path in ("jaxalign:fixture", "jaxalign:fixture_sd3"):
+    from jaxalign.testing import fixture
+    make = (fixture.make_pipeline_dir if path == "jaxalign:fixture"
+            else fixture.make_sd3_pipeline_dir)
     with tempfile.TemporaryDirectory() as folder:
-      make_pipeline_dir(f"{folder}/fixture", image_size=32)
-      return load(f"{folder}/fixture")
+      return load(make(f"{folder}/fixture", image_size=32))
   if path.startswith("jaxalign:"):
     name = path.removeprefix("jaxalign:")
     if name in ARCHITECTURES:
