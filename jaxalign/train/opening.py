@@ -47,7 +47,14 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
 
 
 def own_sampler(pipeline: Pipeline) -> SampleConfig:
-  """How a checkpoint is sampled where no run says so: one step for a one-step generator."""
-  if Schedule.from_config(pipeline.scheduler_config).one_step is None:
-    return SampleConfig()
-  return SampleConfig(kind="one_step", steps=1, guidance=1.0)
+  """How a checkpoint is sampled where no run says so.
+
+  One step for a one-step generator; Euler's method on the checkpoint's levels on a flow, with the
+  steps and the guidance that diffusers' pipeline has.
+  """
+  schedule = Schedule.from_config(pipeline.scheduler_config)
+  if schedule.one_step is not None:
+    return SampleConfig(kind="one_step", steps=1, guidance=1.0)
+  if schedule.is_flow:
+    return SampleConfig(steps=28, guidance=7.0, eta=0.0, final="")
+  return SampleConfig()
