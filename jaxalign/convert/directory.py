@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Sequence
 
 import jax
 
@@ -122,14 +123,22 @@ def _folders() -> list[str]:
 
 
 def _resolve(path) -> pathlib.Path:
-  folder = find_folder(path, ["model_index.json"] + [f"{name}/*" for name in _folders()])
+  patterns = ["model_index.json"] + [f"{name}/*" for name in _folders()]
+  # Half-precision variants only where there is nothing else: with the rest they can be 30 GB more.
+  folder = find_folder(path, patterns, ["*.fp16*"])
+  if folder != pathlib.Path(path) and not all(
+      any(file.suffix in (".safetensors", ".msgpack") for file in config.parent.iterdir())
+      for config in folder.glob("*/config.json")):
+    folder = find_folder(path, patterns)
   if not (folder / "model_index.json").is_file():
     raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json")
   return folder
 
 
-def find_folder(path, patterns: list[str]) -> pathlib.Path:
+def find_folder(path, patterns: list[str], ignored: Sequence[str] = ()) -> pathlib.Path:
   """The local directory of `path`; of a hub id, the files that match `patterns` are downloaded.
+
+  Those that match `ignored` too are not, nor pickled and foreign ones.
 
   Raises:
     UserError: neither a directory nor a hub id that can be downloaded.
@@ -147,7 +156,7 @@ def find_folder(path, patterns: list[str]) -> pathlib.Path:
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
         str(path), allow_patterns=patterns,
-        ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*"]))
+        ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*", *ignored]))
   except Exception as error:  # the library raises its own errors and those of its HTTP client
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path}: not a directory, and the hub download failed: {reason}") from error
