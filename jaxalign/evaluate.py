@@ -75,17 +75,15 @@ def main(argv) -> None:
     _check_comparable(base_path, exp.pipeline, checkpoint, tuned)
   evaluate = Evaluator(exp)
 
-  def policy(unet):
-    return jax.device_put(unet, sharding.param_shardings(unet, exp.mesh))
-  draw = lambda unet, label, **kw: evaluate(
-      policy(unet), prompts, _SAMPLES.value, label=label, **kw)
+  def draw(model, label, **kw):
+    policy = jax.device_put(model.weights, sharding.param_shardings(model.weights, exp.mesh))
+    return evaluate(policy, prompts, _SAMPLES.value, label=label, **kw)
   if base_path is None:
-    result = {"tuned": describe(draw(tuned.params["unet"], "model"))}
+    result = {"tuned": describe(draw(tuned, "model"))}
   else:
-    base = exp.pipeline.params["unet"]
-    first = draw(base, "base")
-    again = draw(base, "base, other noise", stream=rng.EVAL_FLOOR)
-    now = draw(tuned.params["unet"], "tuned", path_kl=cfg.eval.path_kl)
+    first = draw(exp.pipeline, "base")
+    again = draw(exp.pipeline, "base, other noise", stream=rng.EVAL_FLOOR)
+    now = draw(tuned, "tuned", path_kl=cfg.eval.path_kl)
     result = {"base": describe(first), "tuned": compare(now, first, again)}
   text = json.dumps(result, indent=2)
   print(text)                                # first: what took so long is not lost with a full disk
@@ -123,11 +121,12 @@ def _with_flags(cfg: schema.Config) -> schema.Config:
 
 def _check_comparable(base_path: str, base: Pipeline, checkpoint: pathlib.Path,
                       tuned: Pipeline) -> None:
-  """UserError unless the two models differ in the weights of their UNets only."""
+  """UserError unless the two models differ in the weights of their denoisers only."""
   shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
-  if shapes(base.params["unet"]) != shapes(tuned.params["unet"]):
-    raise UserError(f"--base={base_path}: its UNet has another architecture than {checkpoint}")
-  for name in sorted({*base.networks, *tuned.networks} - {"unet"}):
+  if type(base) is not type(tuned) or shapes(base.weights) != shapes(tuned.weights):
+    raise UserError(f"--base={base_path}: its {base.denoiser_name} has another architecture than "
+                    f"{checkpoint}")
+  for name in sorted({*base.networks, *tuned.networks} - {base.denoiser_name}):
     mine, theirs = (pipeline.params.get(name) for pipeline in (base, tuned))
     if shapes(mine) != shapes(theirs) or not all(
         jax.tree.leaves(jax.tree.map(np.array_equal, mine, theirs))):

@@ -121,7 +121,8 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
   """UNet and text encoder for these drawings as a Task; its parameters are `{"unet", "text"}`."""
   vae, vae_params, vae_config = autoencoder.read(cfg.vae)
   tokenizer = Tokenizer.load(cfg.tokenizer)
-  pipeline = Pipeline.build(model_configs(cfg, tokenizer, vae_config), tokenizer, {})
+  pipeline = Pipeline.build(
+      model_configs(cfg, tokenizer, vae_config), {"tokenizer": tokenizer}, {})
   pipeline = dataclasses.replace(pipeline, params={"vae": vae_params})
   schedule = Schedule.from_config(pipeline.scheduler_config)
   steps = len(schedule.times)
@@ -131,10 +132,10 @@ def make(cfg: Config, drawings: emoji.Drawings) -> Task:
       start = load_pipeline(ASSETS / "emoji" if cfg.init == "jaxalign:emoji" else cfg.init).params
       return jax.tree.map(jnp.asarray, {"unet": start["unet"], "text": start["text_encoder"]})
     k_unet, k_text = jax.random.split(key)
-    unet = pipeline.unet.init(k_unet, *pipeline.unet.example_inputs())["params"]
+    unet = pipeline.denoiser.init(k_unet, *pipeline.denoiser.example_inputs())["params"]
     # A network that starts by predicting nothing learns sooner.
     unet = {**unet, "conv_out": jax.tree.map(jnp.zeros_like, unet["conv_out"])}
-    return {"unet": unet, "text": pipeline.text_encoder.init(
+    return {"unet": unet, "text": pipeline.networks["text_encoder"].init(
         k_text, jnp.zeros((1, 2), jnp.int32))["params"]}
 
   trained = np.array([[not emoji.held_out(str(name), colour) for colour in emoji.COLOURS]

@@ -6,6 +6,7 @@ residual of a perfect network is `-c_t x_0` and noise. `c_t = alpha sigma` for n
 integrals.
 """
 import dataclasses
+import functools
 import math
 
 import jax
@@ -24,6 +25,7 @@ from jaxalign.methods.mapo import Config as MaPOConfig
 from jaxalign.methods.sft import Config as SFTConfig
 from jaxalign.methods.shared import preference
 from jaxalign.methods.shared.preference import denoising_errors, draw
+from jaxalign.models.stable_diffusion_xl import StableDiffusionXLPipeline
 from jaxalign.sampling import Schedule
 from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing import analytic
@@ -188,7 +190,8 @@ def stationary(total, low, high):
 def dpo_optimum(a, latents, noise, t, weights, schedule=analytic.SD_SCHEDULE):
   models = world(schedule)
   rows = {"latents": jnp.asarray(latents, jnp.float32)[..., None], "t": jnp.asarray(t),
-          "noise": jnp.asarray(noise, jnp.float32)[..., None], "cond": {}}
+          "noise": jnp.asarray(noise, jnp.float32)[..., None], "cond": {},
+          "origin": jnp.zeros((1, 1, 4))}
   label = jax.nn.sigmoid(a * (rows["latents"][:, 0, 0] - rows["latents"][:, 1, 0]))
   weights = jnp.asarray(weights, jnp.float32)
   errors = lambda policy: denoising_errors(models, models.combine(policy, models.frozen["base"]),
@@ -274,7 +277,7 @@ def test_order_of_methods_without_a_reference():
   models, n = world(), 200_000
   x, noise, t = (jax.random.normal(KEY, (n, 2, 1)), jax.random.normal(jax.random.key(1), (n, 1, 1)),
                  jnp.arange(n) % 1000)
-  rows = {"latents": x, "noise": noise, "t": t, "cond": {}}
+  rows = {"latents": x, "noise": noise, "t": t, "cond": {}, "origin": jnp.zeros((1, 1, 4))}
   label = jax.nn.sigmoid(x[:, 0, 0] - x[:, 1, 0])
   errors = lambda delta: denoising_errors(
       models, models.combine({"delta": delta}, models.frozen["base"]), rows)
@@ -356,7 +359,9 @@ def test_xl_is_told_each_images_size_and_crop(cfg):
   batch["conditioning"] = batch["conditioning"]._replace(
       cond={"text": jnp.ones((4, 3, 2)), "added": added(1.0)},
       uncond={"text": jnp.zeros((4, 3, 2)), "added": added(0.0)})
-  models = dataclasses.replace(world(), denoise=denoise)
+  models = dataclasses.replace(
+      world(), denoise=denoise,
+      with_origin=functools.partial(StableDiffusionXLPipeline.with_origin, None))
   rows = draw(models, dataclasses.replace(cfg, prompt_dropout=0.5), batch, KEY)
   denoising_errors(models, None, rows)
   origin = np.asarray(batch["pairs"]["origin"])[:, :images].reshape(-1, 4)
@@ -384,7 +389,8 @@ def test_errors_are_against_what_the_network_predicts(prediction):
       models.schedule, prediction=prediction)
   zero = dataclasses.replace(models, schedule=schedule, denoise=lambda v, x, t, c: 0 * x)
   rows = {"latents": jax.random.normal(KEY, (4, 2, 3)), "t": jnp.asarray([0, 9, 500, 999]),
-          "noise": jax.random.normal(jax.random.key(1), (4, 1, 3)), "cond": {}}
+          "noise": jax.random.normal(jax.random.key(1), (4, 1, 3)), "cond": {},
+          "origin": jnp.zeros((1, 1, 4))}
   alpha, sigma = (a[np.asarray(rows["t"])][:, None, None]
                   for a in (schedule.alphas, schedule.sigmas))
   x, noise = np.asarray(rows["latents"], np.float64), np.asarray(rows["noise"], np.float64)
