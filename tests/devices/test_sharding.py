@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
-from jaxalign.methods.optimizer import make_optimizer
 
 from jaxalign.config.schema import OptimConfig
 from jaxalign.devices import sharding
 from jaxalign.devices.sharding import PARAM_RULES, make_mesh, param_shardings, spec_for
 from jaxalign.errors import UserError
+from jaxalign.methods.shared.optimizer import make_optimizer
 from jaxalign.models import lora
 from jaxalign.models.architectures import ARCHITECTURES
 from jaxalign.models.clip import (
