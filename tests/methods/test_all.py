@@ -23,9 +23,12 @@ MIXTURE = analytic.Mixture(np.array([0.3, 0.7]), np.stack([np.linspace(-1, 1, SI
 def world(name: str, path: str, replace=lambda models: models, **options):
   """Models, method, update, initial state and batch on a path of exact mixtures."""
   cfg = config_of(name, **options)
-  transitions = {**cfg.sample.transitions, "spacing": "", "final": ""}
-  models = analytic.make_models(MIXTURE, analytic.quadratic_reward(np.ones(SIZE)),
-                                schedule=analytic.PATHS[path], **transitions)
+  chain = dict(analytic.PATHS[path])
+  if cfg.sample.kind == "one_step":                  # one step has no noise of a chain
+    chain = {"schedule": chain["schedule"]}
+  transitions = {**cfg.sample.transitions, "spacing": "", "final": "", **chain}
+  models = analytic.make_models(
+      MIXTURE, analytic.quadratic_reward(np.ones(SIZE)), **transitions)
   models = replace(dataclasses.replace(models, reward_std=0.5))
   method = methods.make(name, models, cfg.method, cfg.optim)
   size = 4 * cfg.group * cfg.parts
