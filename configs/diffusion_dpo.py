@@ -8,7 +8,7 @@ Arguments after a colon:
   emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default), see
            docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
-           `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
+           `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
@@ -18,13 +18,14 @@ The paper states lr = 2.048e-8 (2000 / beta); its launch scripts amount to 2.05e
 as much. The recipes have the 1e-6 in between at which others found the former to train too little.
 """
 from jaxalign.config import recipes
+from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, recipes.PAIR_SIZES)
+  size, _ = recipes.split_argument(arg, PAIR_SIZES)
   config = recipes.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
-  if size == "emoji" or size in recipes.MISMATCH:
-    recipes.make_emoji_pairs(config, size)
+  if size == "emoji" or size in MISMATCH:
+    make_pairs(config, size)
     # 2000 scaled from 16384 latent elements to 256 is 31, which lets the judge fall by 0.14.
     config.method.beta = 200.0
     config.optim.lr = 4e-4

@@ -8,7 +8,7 @@ Arguments after a colon, joined by commas:
   emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default), see
            docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
-           `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
+           `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, all of the UNet trained, with the hyperparameters that
            were published for SDXL; not measured
@@ -17,14 +17,15 @@ Arguments after a colon, joined by commas:
            paper's equation 11, at beta = 8
 """
 from jaxalign.config import recipes
+from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
 from jaxalign.methods.preference import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, recipes.PAIR_SIZES, PRESETS)
+  size, presets = recipes.split_argument(arg, PAIR_SIZES, PRESETS)
   config = recipes.default("mapo", "mapo:" + (arg or "emoji"))
-  if size == "emoji" or size in recipes.MISMATCH:
-    recipes.make_emoji_pairs(config, size)
+  if size == "emoji" or size in MISMATCH:
+    make_pairs(config, size)
     config.method.logit_scale = 200.0       # margins of the base model then have std 1.8
     config.method.weight = 0.3              # 0.1 stays at +0.25
   elif size == "smoke":

@@ -8,20 +8,21 @@ Arguments after a colon:
   emoji    the embedded model on Twemoji's drawings of the shipped pairs (default), see
            docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
-           `python -m jaxalign.pretrain.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
+           `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke    random-weight fixture, three updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
   sdxl     the same for SDXL; not measured
 """
 from jaxalign.config import recipes
+from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, recipes.PAIR_SIZES)
+  size, _ = recipes.split_argument(arg, PAIR_SIZES)
   config = recipes.default("sft", "sft:" + (arg or "emoji"))
-  if size == "emoji" or size in recipes.MISMATCH:
-    recipes.make_emoji_pairs(config, size)
+  if size == "emoji" or size in MISMATCH:
+    make_pairs(config, size)
     config.sample.batch = 64                # as many images per update as the others have
     config.optim.lr = 2e-3
   elif size == "smoke":

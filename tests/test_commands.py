@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 
+import runs
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+
 import runs
 
 LAUNCH = runs.ROOT / "launch"

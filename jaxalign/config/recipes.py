@@ -60,26 +60,6 @@ def make_smoke(config: ml_collections.ConfigDict) -> None:
   config.log.grid_prompts = 2
 
 
-# Pairs at a growing distance from the model -> the reward that tells how much of them was learned.
-MISMATCH = {"r0": "emoji_clip", "r1": "emoji_clip", "r2": "emoji_clip", "r3": "grayness"}
-PAIR_SIZES = ("emoji", *MISMATCH, "smoke", "sd15", "sdxl")   # arguments of preference recipes
-
-
-def make_emoji_pairs(config: ml_collections.ConfigDict, size: str = "emoji") -> None:
-  """A preference recipe on the embedded model, and what is measured of it.
-
-  `emoji` has the shipped pairs, two vendors' drawings; `r0` to `r3` those that
-  `python -m jaxalign.pretrain.mismatch` writes.
-  """
-  shipped = size == "emoji"
-  config.data.pairs = "jaxalign:emoji" if shipped else f"runs/pairs/{size}.parquet"
-  config.reward.names = ("emoji_twemoji" if shipped else MISMATCH[size],)
-  config.sample.batch = 32
-  config.train.steps, config.train.checkpoint_every, config.eval.every = 240, 60, 60
-  config.train.patience = 0                 # the judge's own taste is not what pairs teach
-  config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 10, 230
-
-
 def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
   """Full fine-tuning on Pick-a-Pic v2 at the published size: 2048 pairs, 2000 updates."""
   config.model.path = ""                    # --config.model.path=DIR

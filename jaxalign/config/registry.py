@@ -54,6 +54,11 @@ def load_method(name: str):
   if name not in METHODS:
     raise UserError(f"method.name={name!r} is unknown; choose one of "
                     f"{', '.join(sorted({*METHODS, *others}))}")
-  module, _, inside = METHODS[name].partition(":")
+  return resolve(METHODS[name])
+
+
+def resolve(path: str):
+  """The module `module`, or what `module:object` names in it; imported only now."""
+  module, _, inside = path.partition(":")
   module = importlib.import_module(module)
   return getattr(module, inside) if inside else module

@@ -14,15 +14,16 @@ rest to 1. Captions and labels are checked at once, images when they are read.
 """
 import bisect
 import dataclasses
-import io
 import json
 import pathlib
 import threading
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from jaxalign.data.pictures import read_picture
+from jaxalign.data.text import read_lines
 from jaxalign.errors import UserError
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "pairs"
@@ -59,7 +60,7 @@ class Pairs:
       UserError: an image cannot be read; names the row.
     """
     row = int(self.rows[i])
-    pair = [_read_image(content, f"{self.place(row)}: image {k}", height, width)
+    pair = [read_picture(content, f"{self.place(row)}: image {k}", height, width)
             for k, content in enumerate(self.load(row))]
     pixels, origin = zip(*(pair if self.labels[i] >= 0.5 else pair[::-1]))
     return {"pixels": np.stack(pixels), "origin": np.asarray(origin, np.int32)}
@@ -130,9 +131,17 @@ def _check_row(place: str, caption, label_0, label_1) -> None:
     raise UserError(f"{place}: label_1={label_1!r}, but label_0={label_0!r}: they add up to 1")
 
 
+# What Arrow raises on damaged files: its own kinds are ValueErrors, OSErrors, KeyErrors and others.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError, NotImplementedError)
+
+
+def _damaged(where, error: Exception) -> UserError:
+  reason = " ".join(str(error).split())[:200]
+  return UserError(f"{where}: not a Parquet file that can be read ({reason})")
+
+
 def _open_parquet(files: list[pathlib.Path]) -> Pairs:
   """Captions and labels of all files; image bytes by row group, when asked for."""
-  import pyarrow as pa
   import pyarrow.parquet as pq
   tables, total = [], 0
   names, groups = [], []                   # (first row, path), (first row, file, row group)
@@ -144,8 +153,10 @@ def _open_parquet(files: list[pathlib.Path]) -> Pairs:
         raise UserError(f"{path}: column {missing[0]} is missing; there are "
                         f"{', '.join(file.schema_arrow.names)}")
       tables.append(file.read(columns=["caption", "label_0", "label_1"]).to_pydict())
-    except (OSError, pa.ArrowException) as error:
-      raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
+    except UserError:
+      raise
+    except _DAMAGED as error:
+      raise _damaged(path, error) from error
     names.append((total, path))
     for group in range(file.num_row_groups):
       groups.append((total, file, group))
@@ -166,7 +177,10 @@ def _open_parquet(files: list[pathlib.Path]) -> Pairs:
     with lock:                         # one row group is in memory at a time
       if first not in cache:
         cache.clear()
-        cache[first] = file.read_row_group(group, columns=["jpg_0", "jpg_1"])
+        try:
+          cache[first] = file.read_row_group(group, columns=["jpg_0", "jpg_1"])
+        except _DAMAGED as error:
+          raise _damaged(place(row), error) from error
       table = cache[first]
     return tuple(table[name][row - first].as_py() for name in ("jpg_0", "jpg_1"))
 
@@ -175,27 +189,26 @@ def _open_parquet(files: list[pathlib.Path]) -> Pairs:
 
 
 def _open_jsonl(file: pathlib.Path) -> Pairs:
-  try:
-    lines = file.read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{file}: {error}") from error
-  rows = []
-  place = lambda i: f"{file}: row {i + 1}"
-  for i, line in enumerate(lines):
+  rows, numbers = [], []
+  for number, line in enumerate(read_lines(file, str(file)), 1):
+    if not line.strip():
+      continue
+    here = f"{file}: row {number}"
     try:
       row = json.loads(line)
-    except ValueError as error:
-      raise UserError(f"{place(i)}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{here}: not JSON ({error})") from error
     if not isinstance(row, dict):
-      raise UserError(f"{place(i)}: {type(row).__name__} is not an object with caption, image_0, "
+      raise UserError(f"{here}: {type(row).__name__} is not an object with caption, image_0, "
                       "image_1 and label_0")
     for key in ("image_0", "image_1"):
       if key in row:
         if not isinstance(row[key], str) or not (file.parent / row[key]).is_file():
-          raise UserError(f"{place(i)}: {key}={row[key]!r}: no such file beside {file.name}")
+          raise UserError(f"{here}: {key}={row[key]!r}: no such file beside {file.name}")
         row[key] = file.parent / row[key]
     rows.append(row)
-  return from_rows(rows, place)
+    numbers.append(number)
+  return from_rows(rows, lambda i: f"{file}: row {numbers[i]}")
 
 
 def _open_folder(folder: pathlib.Path) -> Pairs:
@@ -215,26 +228,3 @@ def _open_folder(folder: pathlib.Path) -> Pairs:
     rows.append({"caption": caption, "image_0": files["winner"][name],
                  "image_1": files["loser"][name], "label_0": 1})
   return from_rows(rows, lambda i: f"{folder}: row {i + 1} ({rows[i]['image_0'].name})")
-
-
-def _read_image(content, place: str, height: int, width: int):
-  """RGB `[height, width, 3]` uint8: scaled to cover that (bilinear), the middle cut out.
-
-  And where it comes from: height and width of the file, top and left of the cut.
-  """
-  if not isinstance(content, (bytes, pathlib.Path)):
-    raise UserError(f"{place}: {type(content).__name__} is not the bytes of an image file")
-  try:
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
-      image = file.convert("RGB")
-  # Pillow raises SyntaxError and ValueError on damaged PNG files.
-  except (OSError, SyntaxError, ValueError, UnidentifiedImageError,
-          Image.DecompressionBombError) as error:
-    raise UserError(f"{place}: cannot be read ({error})") from error
-  original = image.height, image.width
-  scale = max(width / image.width, height / image.height)
-  scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-  image = image.resize(scaled, Image.Resampling.BILINEAR)
-  left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-  origin = (*original, top, left)
-  return np.asarray(image.crop((left, top, left + width, top + height))), origin

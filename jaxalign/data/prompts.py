@@ -1,26 +1,114 @@
-"""Prompts: read from files, and drawn for the steps of a run."""
+"""Prompts: read from files, and drawn for the steps of a run.
+
+`read_prompts` takes, told apart by the name:
+
+  *.txt (and any other)     one prompt a line
+  *.json                    a list of prompts, or of objects with a prompt each
+  *.jsonl                   a prompt or such an object a line
+  *.csv, *.tsv              a table with a line of column names
+  *.parquet                 a table
+
+Objects and tables have their prompts under the first of `FIELDS` that is there. Prompts without a
+letter are left out; a field that is no text is an error that names its row.
+"""
+import csv
+import json
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from jaxalign.data.text import read_lines
 from jaxalign.errors import UserError
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "prompts"
+FIELDS = ("prompt", "caption", "text")
 
 
 def read_prompts(key: str, path: str) -> list[str]:
-  """Prompts of a text file, one a line, or of `jaxalign:NAME`; errors name the config key `key`."""
-  file = pathlib.Path(path)
+  """The prompts of a file in one of the forms above, or of `jaxalign:NAME`.
+
+  Args:
+    key: the config key or flag that names the file, for messages.
+  Raises:
+    UserError: names key, file and row at fault.
+  """
+  file, what = pathlib.Path(path), f"{key}={path}"
   if path.startswith("jaxalign:"):
     file = ASSETS / f"{path.removeprefix('jaxalign:')}.txt"
-  try:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{key}={path}: {error}") from error
-  prompts = [line for line in lines if line]
+  read = _READERS.get(file.suffix.lower(), read_lines)
+  prompts = [prompt for prompt in (_prompt(f"{what}: row {i}", entry)
+                                   for i, entry in enumerate(read(file, what), 1)) if prompt]
   if not prompts:
-    raise UserError(f"{key}={path}: the file has no prompts")
+    raise UserError(f"{what}: the file has no prompts")
   return prompts
+
+
+def _prompt(where: str, entry) -> str:
+  if isinstance(entry, dict):
+    field = next((name for name in FIELDS if name in entry), None)
+    if field is None:
+      known = ", ".join(map(str, list(entry)[:8]))
+      raise UserError(f"{where}: has no {' or '.join(FIELDS)}; there are {known}")
+    where, entry = f"{where}: {field}", entry[field]
+  if not isinstance(entry, str):
+    raise UserError(f"{where}: {json.dumps(entry, default=str)[:60]} is not a text")
+  return entry.strip()
+
+
+def _json(file, what) -> list:
+  try:
+    content = json.loads("\n".join(read_lines(file, what)))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{what}: not JSON ({error})") from error
+  if not isinstance(content, list):
+    raise UserError(f"{what}: holds one {type(content).__name__}, not a list of prompts or of "
+                    f"objects with {FIELDS[0]}")
+  return content
+
+
+def _json_lines(file, what) -> Iterator[Any]:
+  for i, line in enumerate(read_lines(file, what), 1):
+    if not line.strip():
+      continue
+    try:
+      yield json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{what}: row {i}: not JSON ({error})") from error
+
+
+def _table(file, what) -> Iterator[dict]:
+  lines = read_lines(file, what)
+  rows = csv.DictReader((f"{line}\n" for line in lines), strict=True,
+                        delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+  try:
+    if not set(rows.fieldnames or ()) & set(FIELDS):
+      raise UserError(f"{what}: has no column {' or '.join(FIELDS)}; the first line has "
+                      f"{', '.join(rows.fieldnames or ['nothing'])[:200]}")
+    yield from rows
+  except csv.Error as error:
+    raise UserError(f"{what}: row {rows.line_num}: not CSV ({error})") from error
+
+
+def _parquet(file, what) -> list[dict]:
+  import pyarrow.parquet as pq
+  try:
+    table = pq.ParquetFile(file)
+    field = next((name for name in FIELDS if name in table.schema_arrow.names), None)
+    if field is None:
+      raise UserError(f"{what}: has no column {' or '.join(FIELDS)}; there are "
+                      f"{', '.join(table.schema_arrow.names)[:200]}")
+    return [{field: value} for value in table.read(columns=[field])[field].to_pylist()]
+  except UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError, MemoryError, NotImplementedError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(f"{what}: not a Parquet file that can be read ({reason})") from error
+
+
+_READERS = {".json": _json, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table,
+            ".parquet": _parquet}
 
 
 def draw_prompts(seed: int, step: int, count: int, size: int, group: int = 1) -> np.ndarray:

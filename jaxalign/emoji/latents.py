@@ -34,12 +34,12 @@ class Latents(NamedTuple):
     B, H, W, _ = images.shape
     patches = (2 * images - 1).reshape(B, H // PATCH, PATCH, W // PATCH, PATCH, 3)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // PATCH, W // PATCH, -1)
-    return (patches - self.mean) @ (self.basis / self.scale)
+    return (patches - np.reshape(self.mean, (1, 1, 1, -1))) @ (self.basis / self.scale)
 
   def decode(self, z):
     """The nearest pictures that the components span, `[B, H, W, 3]`, not clamped."""
     B, h, w, _ = z.shape
-    patches = z @ (self.basis * self.scale).T + self.mean
+    patches = z @ (self.basis * self.scale).T + self.mean.reshape(1, 1, 1, -1)
     patches = patches.reshape(B, h, w, PATCH, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
     return patches.reshape(B, h * PATCH, w * PATCH, 3) / 2 + 0.5
 

@@ -13,17 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.emoji.artwork import STYLES, Artwork
+from jaxalign.emoji.drawings import COLOURS, RGB
 from jaxalign.errors import UserError
 
 SIZE = 64                  # pixels of a side
-PALETTE = {                # sRGB, 0..255
-    "white": (255, 255, 255), "black": (20, 20, 20), "red": (214, 48, 49), "green": (0, 148, 80),
-    "blue": (9, 100, 227), "yellow": (253, 213, 70), "purple": (130, 80, 190),
-    "orange": (240, 130, 40), "pink": (250, 170, 200), "gray": (140, 140, 140),
-    "cyan": (90, 210, 220), "brown": (120, 80, 50),
-}
-COLOURS = tuple(PALETTE)
-RGB = np.array(list(PALETTE.values()), np.float32) / 255
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 # Where the first subject is, seen from the second.
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above",
@@ -98,7 +91,8 @@ def caption(scene: Scene) -> str:
 _CAPTION = re.compile(
     r"(?:(?P<word>two|three|four) (?P<many>[a-z ]+?)|an? (?P<one>[a-z ]+?)"
     r"(?: (?P<relation>to the left of|to the right of|above|below) an? (?P<other>[a-z ]+?))?)"
-    rf" on an? (?P<colour>{'|'.join(COLOURS)}) background(?:,? (?P<style>{'|'.join(STYLES)}) style)?")
+    rf" on an? (?P<colour>{'|'.join(COLOURS)}) background"
+    rf"(?:,? (?P<style>{'|'.join(STYLES)}) style)?")
 _SINGULAR = {plural(name): name for name in SUBJECTS.values()}
 
 

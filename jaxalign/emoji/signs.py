@@ -45,7 +45,7 @@ def draw(key, batch: int):
   k_letter, k_length, k_colour, k_shift = jax.random.split(key, 4)
   word = jax.random.randint(k_letter, (batch, LONGEST), 0, len(LETTERS))
   length = jax.random.randint(k_length, (batch, 1), 2, LONGEST + 1)
-  word = jnp.where(jnp.arange(LONGEST) < length, word, -1)
+  word = jnp.where(jnp.arange(LONGEST)[None] < length, word, -1)
   return (word, jax.random.randint(k_colour, (batch,), 0, len(COLOURS)),
           jax.random.randint(k_shift, (batch, 2), -1, 2))
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded models: CLIP's byte pairs, with every word of the grammar a token."""
+"""The embedded models' tokenizer: CLIP's byte pairs, with every word of the grammar a token."""
 import collections
 import json
 import string

@@ -3,10 +3,10 @@
 Each is a `Task`, in a file of its own; `loop.run` trains any of them. Order: `emoji_vae`, then
 `emoji` (UNet and text encoder, on the autoencoder's latents), `emoji_clip` and `emoji_judge`.
 """
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxalign.config import registry
 from jaxalign.errors import UserError
 
 TASKS = {
@@ -54,6 +54,4 @@ def load(name: str):
   """What offers task `name`; raises UserError naming `task.name` if there is none."""
   if name not in TASKS:
     raise UserError(f"task.name={name!r} is unknown; choose one of {', '.join(TASKS)}")
-  module, _, inside = TASKS[name].partition(":")
-  module = importlib.import_module(module)
-  return getattr(module, inside) if inside else module
+  return registry.resolve(TASKS[name])

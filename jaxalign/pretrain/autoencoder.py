@@ -4,10 +4,10 @@
   L = |x - y| + edges * |differences of x - those of y| + square * (x - y)^2 + (encode(x) - z)^2
 
 Both halves are regressions, so neither waits for the other, and denoisers may train on the same
-latents before this is done. The absolute error keeps edges where a squared one blurs them; the error
-of neighbouring pixels' differences counts them once more. Noise in latents makes a decoder that
-forgives a denoiser's small errors. The latents are centred and of unit variance as they are: no
-shift, and a scaling factor of 1.
+latents before this is done. The absolute error keeps edges where a squared one blurs them; the
+error of neighbouring pixels' differences counts them once more. Noise in latents makes a decoder
+that forgives a denoiser's small errors. The latents are centred and of unit variance as they are:
+no shift, and a scaling factor of 1.
 """
 import dataclasses
 import functools
@@ -101,7 +101,7 @@ def settled(params):
             "bias": jnp.zeros_like(layer["bias"])}
   encoder, mean = dict(params["encoder"]), np.arange(2 * latents.CHANNELS) < latents.CHANNELS
   out = encoder["conv_out"]
-  encoder["conv_out"] = {"kernel": jnp.where(mean, out["kernel"], 0),
+  encoder["conv_out"] = {"kernel": jnp.where(mean[None, None, None], out["kernel"], 0),
                          "bias": jnp.where(mean, out["bias"], LOG_VARIANCE)}
   return {**params, "encoder": encoder, "quant_conv": identity(params["quant_conv"]),
           "post_quant_conv": identity(params["post_quant_conv"])}

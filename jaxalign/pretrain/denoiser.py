@@ -1,6 +1,7 @@
 """The denoiser: UNet and text encoder together, on the fixed latents of scenes.
 
-  z, c ~ scenes and their captions; t uniform; e ~ N(0, 1);  x_t = sqrt(abar_t) z + sqrt(1 - abar_t) e
+  z, c ~ scenes and their captions; t uniform; e ~ N(0, 1)
+  x_t = sqrt(abar_t) z + sqrt(1 - abar_t) e
   L = mean (sqrt(abar_t) e - sqrt(1 - abar_t) z - unet(x_t, t, text(c)))^2
 
 Velocity in place of noise: of equal size at all times, and so well learnt where a picture's colour
@@ -17,12 +18,12 @@ import numpy as np
 
 from jaxalign.config.fields import Count, Fraction, check
 from jaxalign.convert import load_pipeline, save_pipeline
-from jaxalign.emoji import artwork, latents, reader, scenes, words
+from jaxalign.emoji import artwork, latents, quality, reader, scenes, words
 from jaxalign.emoji.artwork import STYLES
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.pretrain import Look, Task, autoencoder, quality
+from jaxalign.pretrain import Look, Task, autoencoder
 from jaxalign.sampling import Schedule
 
 NO_STYLE = len(STYLES)     # second column of the caption's ends; those before name a style
@@ -67,15 +68,16 @@ class Config:
     if self.text_width % 4:
       raise UserError(f"task.text_width={self.text_width} is no multiple of its 4 heads")
     if self.single + self.several >= 1:
-      raise UserError(f"task.single={self.single} and task.several={self.several} leave nothing for "
-                      "scenes of two subjects")
+      raise UserError(f"task.single={self.single} and task.several={self.several} leave nothing "
+                      "for scenes of two subjects")
 
 
 def model_configs(cfg: Config, tokenizer: Tokenizer, vae: dict) -> dict[str, dict]:
   """The JSON files of the model in diffusers' words; `vae` is the autoencoder's own.
 
   `beta_end` is larger than Stable Diffusion's, so that the last training step has all but forgotten
-  a flat background: with 0.012 a seventh of its colour would be left, and sampling starts from none.
+  a flat background: with 0.012 a fifteenth of its colour would be left, in each of 64 positions,
+  and sampling starts from none.
   """
   levels, absent = len(cfg.widths), [None, None]
   return {
@@ -163,12 +165,18 @@ def world(file, subjects: int) -> World:
     raise UserError(f"task.subjects={subjects}: there are {len(scenes.SUBJECTS)}")
   codes = list(scenes.SUBJECTS)[:subjects]
   drawings, names = artwork.load(file).of(codes), [scenes.SUBJECTS[code] for code in codes]
+  return World(names, drawings, *world_of(drawings, names))
+
+
+def world_of(drawings: artwork.Artwork, names) -> tuple[scenes.Table, scenes.Table]:
+  """Scenes of training, and those whose subject and colour, subject and number, or pair is new.
+
+  Which of the three depends on the kind of scene, and nothing else in it is new.
+  """
   visible = scenes.contrast(drawings)
-  # What is new is the combination that the kind of scene is about, and no other.
   new = lambda scene: scenes.held_out(scene) == (
       ("pair",) if scene.relation else ("number",) if scene.number > 1 else ("colour",))
-  return World(names, drawings, scenes.table(names, visible),
-               scenes.table(names, visible, new))
+  return scenes.table(names, visible), scenes.table(names, visible, new)
 
 
 def make(cfg: Config) -> Task:

@@ -15,12 +15,12 @@ import numpy as np
 from jaxalign import metrics
 from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline, save_pipeline
-from jaxalign.data import emoji
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
+from jaxalign.emoji import card, quality
+from jaxalign.emoji.drawings import CORE_CATEGORIES, load_drawings
+from jaxalign.emoji.scorers import ASSETS, emoji_judge
 from jaxalign.errors import UserError
-from jaxalign.pretrain import card, quality
-from jaxalign.rewards.emoji import ASSETS, emoji_judge
 
 SAMPLES = 8                # of each prompt, for diversity
 
@@ -69,14 +69,14 @@ def text(result: dict, teacher: dict) -> str:
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--run", required=True, type=pathlib.Path, help="folder of the distilled run")
-  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.data.emoji")
+  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.emoji.drawings")
   parser.add_argument("--output", type=pathlib.Path, default=ASSETS / "emoji_onestep")
   args = parser.parse_args(argv)
   sharding.use_cores()
   training = training_of(args.run)
   save_pipeline(load_pipeline(args.run / "export"), args.output, dtype="float16")
   pipeline, teacher = load_pipeline(args.output), load_pipeline(ASSETS / "emoji")
-  drawings = emoji.load(args.drawings).of(emoji.CORE_CATEGORIES)
+  drawings = load_drawings(args.drawings).of(CORE_CATEGORIES)
   figures, drawn, captions = quality.measure(pipeline, drawings, card.IMAGES)
   result = {"images": card.IMAGES, "training": training, "model": figures,
             "diversity": {"onestep": diversity(pipeline), "teacher": diversity(teacher)}}

@@ -10,7 +10,6 @@ Other packages add rewards through the entry point group `jaxalign.rewards`; eac
 a function without arguments that returns a `Reward` or a `HostReward`.
 """
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -90,41 +89,30 @@ class HostReward:
             for name, _, part in parts}
 
 
-def _builtin(module: str, factory: str):
-  """A factory that imports its module only when it is called."""
-  return lambda: getattr(importlib.import_module(f"jaxalign.rewards.{module}"), factory)()
-
-
-REWARDS: dict[str, Callable[[], Reward | HostReward]] = {
-  "color_match": _builtin("rules", "color_match"),
-  "color_accuracy": _builtin("rules", "color_accuracy"),
-  "brightness": _builtin("rules", "brightness"),
-  "grayness": _builtin("rules", "grayness"),
-  "jpeg_compressibility": _builtin("rules", "jpeg_compressibility"),
-  "jpeg_incompressibility": _builtin("rules", "jpeg_incompressibility"),
-  "emoji_clip": _builtin("emoji", "emoji_clip"),
-  "emoji_judge": _builtin("emoji", "emoji_judge"),
-  "emoji_rank": _builtin("emoji", "emoji_rank"),
-  "emoji_style": _builtin("emoji", "emoji_style"),
-  "emoji_styled": _builtin("emoji", "emoji_styled"),
-  "emoji_twemoji": _builtin("emoji", "emoji_twemoji"),
+# Name -> `module:function` without arguments; a module is imported when its reward is asked for.
+REWARDS = {
+    "brightness": "jaxalign.rewards.rules:brightness",
+    "color_accuracy": "jaxalign.emoji.colours:color_accuracy",
+    "color_match": "jaxalign.emoji.colours:color_match",
+    "emoji_clip": "jaxalign.emoji.scorers:emoji_clip",
+    "emoji_judge": "jaxalign.emoji.scorers:emoji_judge",
+    "emoji_rank": "jaxalign.emoji.scorers:emoji_rank",
+    "emoji_style": "jaxalign.emoji.scorers:emoji_style",
+    "emoji_styled": "jaxalign.emoji.scorers:emoji_styled",
+    "emoji_twemoji": "jaxalign.emoji.scorers:emoji_twemoji",
+    "grayness": "jaxalign.rewards.rules:grayness",
+    "jpeg_compressibility": "jaxalign.rewards.rules:jpeg_compressibility",
+    "jpeg_incompressibility": "jaxalign.rewards.rules:jpeg_incompressibility",
 }
-
-
-def _pretrained(module: str, factory: str):
-  """The same for a factory that takes WHERE its weights lie."""
-  return lambda where: getattr(importlib.import_module(f"jaxalign.rewards.{module}"),
-                               factory)(where)
-
-
-# In `reward.names` as NAME:WHERE; docs/rewards.md says what WHERE is.
-PRETRAINED: dict[str, Callable[[str], Reward | HostReward]] = {
-  "clip_score": _pretrained("clip_towers", "clip_score"),
-  "pickscore": _pretrained("clip_towers", "pickscore"),
-  "hpsv2": _pretrained("clip_towers", "hpsv2"),
-  "hpsv2.1": _pretrained("clip_towers", "hpsv2_1"),
-  "aesthetic": _pretrained("clip_towers", "aesthetic"),
-  "image_reward": _pretrained("image_reward", "image_reward"),
+# The same for those that take WHERE their weights lie, in `reward.names` as NAME:WHERE;
+# docs/rewards.md says what WHERE is.
+PRETRAINED = {
+    "aesthetic": "jaxalign.rewards.clip_towers:aesthetic",
+    "clip_score": "jaxalign.rewards.clip_towers:clip_score",
+    "hpsv2": "jaxalign.rewards.clip_towers:hpsv2",
+    "hpsv2.1": "jaxalign.rewards.clip_towers:hpsv2_1",
+    "image_reward": "jaxalign.rewards.image_reward:image_reward",
+    "pickscore": "jaxalign.rewards.clip_towers:pickscore",
 }
 
 
@@ -153,7 +141,7 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
   if not all(map(math.isfinite, weights)):
     raise UserError(f"reward.weights must be finite numbers, not {weights}")
 
-  rewards = [_find(name) for name in names]
+  rewards = [find(name) for name in names]
   names = _without_where(names)
   label = " + ".join(n if w == 1 else f"{w:g}*{n}" for n, w in zip(names, weights))
   span = " + ".join(f"{w:g} x ({n}: {r.range})" for n, w, r in zip(names, weights, rewards))
@@ -224,7 +212,12 @@ def _without_where(names: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(s if short.count(s) == 1 else n for s, n in zip(short, names))
 
 
-def _find(name: str) -> Reward | HostReward:
+def find(name: str) -> Reward | HostReward:
+  """The one reward of a name as in `reward.names`, its own and not a sum of one term.
+
+  Raises:
+    UserError: there is none of that name, or it is not usable.
+  """
   if name.startswith(("http://", "https://")):
     from jaxalign.rewards.http import http_reward
     return http_reward(name)
@@ -237,7 +230,7 @@ def _find(name: str) -> Reward | HostReward:
       raise UserError(f"reward.names: '{short}' needs its weights: write {short}:WHERE, and see "
                       "docs/rewards.md for what WHERE is")
     try:
-      return PRETRAINED[short](where)
+      return registry.resolve(PRETRAINED[short])(where)
     except UserError as error:
       raise UserError(f"reward.names: '{short}': {error}") from error
   added = registry.added("reward", REWARDS)
@@ -247,7 +240,7 @@ def _find(name: str) -> Reward | HostReward:
     raise UserError(f"reward.names: unknown reward '{name}'; choose from "
                     f"{', '.join(sorted({*REWARDS, *added}))}, NAME:WHERE with one of "
                     f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
-  return REWARDS[name]()
+  return registry.resolve(REWARDS[name])()
 
 
 def _pick(prepared, name):

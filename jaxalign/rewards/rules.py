@@ -1,54 +1,13 @@
-"""Rewards that need no network: colours of the caption, brightness, JPEG size."""
+"""Rewards that need no network: brightness, grayness, JPEG size."""
 import io
-import re
 from concurrent.futures import ThreadPoolExecutor
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxalign.data.emoji import COLOURS, PALETTE
-from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward, Reward
 
-_RGB = np.array([PALETTE[c] for c in COLOURS], np.float32) / 255  # [12, 3] in [0,1]
-_NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) background\b", re.IGNORECASE)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601, as in JPEG
-
-
-def color_match() -> Reward:
-  """How near the border is to the colour that the caption names ("a X on a red background").
-
-  With d the root mean square over RGB of (mean border colour - named colour), both in [0,1]:
-
-    score = -(sqrt(d^2 + s^2) - s) / (sqrt(1 + s^2) - s),  s = 0.05
-
-  Smooth, in [-1, 0], 0 only at the exact colour. About linear in d, so that the pull does not fade
-  with the distance, and quadratic within s (13 of 255 levels), so that the gradient exists at 0.
-  """
-  s = 0.05
-
-  def score(params, images, prepared):
-    difference = _border(images).mean(1) - prepared["colour"]
-    return (s - jnp.sqrt((difference ** 2).mean(-1) + s ** 2)) / ((1 + s ** 2) ** 0.5 - s)
-
-  return Reward("color_match", {}, lambda prompts: {"colour": _RGB[_named_colours(prompts)]}, score,
-                "[-1, 0]; 0 is the exact colour")
-
-
-def color_accuracy() -> Reward:
-  """1 if the palette colour nearest to the border's median colour is the named one, else 0.
-
-  The median, unlike `color_match`'s mean, ignores a drawing that touches the border, and cannot be
-  met by mixing two wrong colours. No gradient.
-  """
-  def score(params, images, prepared):
-    median = jnp.median(_border(images), axis=1)  # [B, 3]
-    distance = ((median[:, None] - _RGB[None]) ** 2).sum(-1)  # [B, 12]
-    return (distance.argmin(-1) == prepared["colour_index"]).astype(jnp.float32)
-
-  return Reward("color_accuracy", {}, lambda prompts: {"colour_index": _named_colours(prompts)},
-                score, "0 or 1", differentiable=False)
 
 
 def brightness() -> Reward:
@@ -82,25 +41,6 @@ def jpeg_incompressibility() -> HostReward:
   """The size in kB (1000 bytes) of the image as JPEG at quality 95 (Black et al. 2023)."""
   return HostReward("jpeg_incompressibility", lambda images, prompts: _jpeg_kilobytes(images),
                     "above 0, kB")
-
-
-def _border(images):
-  """Pixels of a frame one sixteenth of the image wide: `[B,H,W,3]` -> `[B,N,3]`."""
-  b, height, width, _ = images.shape
-  m = max(1, min(height, width) // 16)
-  sides = (images[:, :m], images[:, height - m:],
-           images[:, m:height - m, :m], images[:, m:height - m, width - m:])
-  return jnp.concatenate([side.reshape(b, -1, 3) for side in sides], axis=1)
-
-
-def _named_colours(prompts):
-  """`[P]` int32 index into the palette of the colour before the word "background"."""
-  found = [_NAMED.findall(prompt) for prompt in prompts]
-  for prompt, colours in zip(prompts, found):
-    if not colours:
-      raise UserError(f"reward.names: colour rewards need 'on a <colour> background' with one of "
-                      f"{', '.join(COLOURS)} in each prompt, not {prompt!r}")
-  return np.array([COLOURS.index(colours[-1].lower()) for colours in found], np.int32)
 
 
 def _jpeg_kilobytes(images):

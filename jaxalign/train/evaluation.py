@@ -8,8 +8,7 @@ import numpy as np
 from jaxalign import metrics
 from jaxalign.devices import processes, rng
 from jaxalign.errors import UserError
-from jaxalign.rewards import Reward, check_scores, weighted_sum
-from jaxalign.rewards.rules import color_accuracy
+from jaxalign.rewards import Reward, check_scores, find, weighted_sum
 from jaxalign.sampling import guided_eps, rollout
 from jaxalign.train.experiment import Experiment, gather
 
@@ -139,7 +138,7 @@ class Evaluator:
     scores["reward"] = np.asarray(weighted_sum(reward.weights, terms))
     if len(terms) > 1:
       scores.update({f"reward/{name}": v for name, v in terms.items()})
-    rule = color_accuracy()
+    rule = find("color_accuracy")
     try:
       prepared = rule.prepare(rows)
     except UserError:

@@ -166,10 +166,12 @@ def run_rival(cfg: Config, path: pathlib.Path, devices, candidates: int) -> dict
       cfg, recipe=f"{cfg.recipe} (best of n)", method_name="best_of_n", method=best_of_n.Config(),
       train=dataclasses.replace(cfg.train, steps=max(1, candidates - 1), patience=0),
       eval=dataclasses.replace(cfg.eval, every=0))
-  Workdir(folder, rival).create()
+  workdir = Workdir(folder, rival)
+  workdir.create()
   if processes.is_main():
     shutil.copytree(path / "evaluations", folder / "evaluations", dirs_exist_ok=True,
                     ignore=lambda _, names: [n for n in names if not n.startswith("base")])
   processes.barrier("base copied")
+  workdir.close()
   result = run(rival, folder, devices)
   return {"candidates": result["steps"] + 1, "seconds": result["seconds"], **result["tuned"]}

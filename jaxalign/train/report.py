@@ -106,12 +106,37 @@ def write_product(folder: pathlib.Path, prompts, noise, best_step, base, tuned) 
     file.write_text("".join(line + "\n" for line in lines))
 
 
+# What every summary has, and of which type.
+_SUMMARY = {"recipe": str, "steps": int, "seconds": (int, float), "total_seconds": (int, float),
+            "device": str, "stopped": str, "base": dict, "tuned": dict, "cost": dict}
+
+
+def read_summary(folder: pathlib.Path) -> dict | None:
+  """The summary of the run in `folder`; None if it has none.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  file = folder / "summary.json"
+  try:
+    summary = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{file}: not the summary of a run ({error}); delete it, and the run's command "
+                    "makes it anew") from error
+  for key, kind in _SUMMARY.items():
+    if not isinstance(summary, dict) or not isinstance(summary.get(key), kind):
+      raise UserError(f"{file}: not the summary of a run ({key} is missing or of another type); "
+                      "delete it, and the run's command makes it anew")
+  return summary
+
+
 def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
   """The summary of a run that needs nothing more, or None."""
-  file = path / "summary.json"
-  if not file.exists():
+  summary = read_summary(path)
+  if summary is None:
     return None
-  summary = json.loads(file.read_text())
   more_time = summary["stopped"].startswith("train.max_seconds") and (
       not cfg.train.max_seconds or summary["seconds"] < cfg.train.max_seconds)
   done = summary["steps"] >= cfg.train.steps or (summary["stopped"] and not more_time)

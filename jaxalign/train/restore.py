@@ -15,6 +15,7 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
 from jaxalign.train.policy import policy_weights
+from jaxalign.train.report import read_summary
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
@@ -68,16 +69,9 @@ def load_adapter_of(checkpoint: pathlib.Path):
 
 def _summary(checkpoint: pathlib.Path) -> dict | None:
   """The summary of a run; None if it has none, or has gone on for more steps since."""
-  file, folder = checkpoint / "summary.json", checkpoint / "checkpoints"
-  if not file.exists():
-    return None
-  try:
-    summary = json.loads(file.read_text())
-    done = summary["steps"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{file}: not the summary of a run ({error})") from error
+  summary, folder = read_summary(checkpoint), checkpoint / "checkpoints"
   latest = Checkpointer(folder).latest_step() if folder.is_dir() else None
-  return summary if (latest or 0) <= done else None
+  return summary if summary and (latest or 0) <= summary["steps"] else None
 
 
 def _policy(checkpoint: pathlib.Path, cfg: schema.Config):

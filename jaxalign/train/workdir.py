@@ -17,6 +17,7 @@ from jaxalign.config.recipes import completed
 from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
+from jaxalign.storage import lock
 from jaxalign.storage.files import whole
 from jaxalign.train.evaluation import Samples
 
@@ -43,7 +44,8 @@ class Workdir:
     self.path, self._config = path, config
     self._prompts = {key: hashlib.sha256("\n".join(lines).encode()).hexdigest()
                      for key, lines in (prompts or {}).items()}
-    self._metrics = self._board = None
+    self._metrics = self._board = self._lock = None
+    self._last = 0, {}                   # where the last row of metrics.jsonl begins, and the row
     record = path / "config.json"
     try:
       if record.exists():
@@ -53,7 +55,7 @@ class Workdir:
           if self._prompts.get(key, digest) != digest:
             raise UserError(f"--workdir={path}: belongs to another run: the prompts of {key} have "
                             "changed since; choose another --workdir")
-      elif path.exists() and any(path.iterdir()):
+      elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f"--workdir={path}: {error}") from error
@@ -62,17 +64,28 @@ class Workdir:
       raise UserError(f"--workdir={path}: {existing} is no folder that can be written")
 
   def create(self) -> None:
-    """Makes the folder and writes config.json, each time: a continued run may go on for longer."""
+    """Makes the folder, takes it for this run alone until `close`, and writes config.json.
+
+    Each time: a continued run may go on for longer.
+
+    Raises:
+      UserError: another run has the folder, or it cannot be written.
+    """
     processes.barrier("workdir checked")           # by all, before one of them changes it
-    if not processes.is_main():
-      return
-    try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      content = {"config": self._config.to_dict(), "prompts": self._prompts,
-                 "environment": environment()}
-      self.write_json("config.json", content)
-    except OSError as error:
-      raise UserError(f"--workdir={self.path}: {error}") from error
+    failure = None
+    if processes.is_main():
+      try:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock.Lock(self.path, f"--workdir={self.path}")
+        content = {"config": self._config.to_dict(), "prompts": self._prompts,
+                   "environment": environment()}
+        self.write_json("config.json", content)
+      except UserError as error:
+        failure = error
+      except OSError as error:
+        failure = UserError(f"--workdir={self.path}: {error}")
+    if processes.agreed(failure is not None):
+      raise failure or UserError(f"--workdir={self.path}: process 0 could not take it")
 
   def _check_same(self, old: dict, new: dict) -> None:
     if not isinstance(old, dict):
@@ -85,37 +98,64 @@ class Workdir:
         raise UserError(f"--workdir={self.path}: belongs to another run: {key} was "
                         f"{old.get(key)!r} and is {new.get(key)!r} now; choose another --workdir")
 
+  def _check_there(self) -> None:
+    """UserError if the folder was deleted or replaced since this run took it."""
+    if self._lock is not None:
+      self._lock.check()
+
   def write_json(self, name: str, content) -> None:
     """Writes a JSON file that appears whole or not at all."""
     if not processes.is_main():
       return
+    self._check_there()
     with whole(self.path / name) as file:
       file.write_text(json.dumps(content, indent=2) + "\n")
 
   def open_metrics(self, step: int, tensorboard: bool) -> None:
-    """Cuts metrics.jsonl back to `step` and opens it for appending."""
+    """Cuts metrics.jsonl back to `step` and opens it for appending.
+
+    Rows that cannot be read are left out, each for itself, and counted on the screen.
+    """
     if not processes.is_main():
       return
     file = self.path / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = []
-    for line in lines:
+    rows, damaged = {}, 0
+    for line in file.read_bytes().split(b"\n") if file.exists() else []:
       try:
-        if json.loads(line)["step"] <= step:
-          kept.append(line + "\n")
-      except ValueError:     # the line during which the run died
-        break
+        row = json.loads(line)
+        if type(row["step"]) is not int:
+          raise ValueError
+      except (ValueError, KeyError, TypeError, RecursionError):
+        damaged += bool(line.strip())
+        continue
+      if row["step"] <= step:
+        rows[row["step"]] = {**rows.get(row["step"], {}), **row}
+    if damaged:
+      processes.say(f"{file}: {damaged} damaged {'row' if damaged == 1 else 'rows'} left out")
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
     with whole(file) as partial:
-      partial.write_text("".join(kept))
+      partial.write_text("".join(lines))
     self._metrics = file.open("a")
+    if rows:
+      self._last = sum(map(len, lines[:-1])), list(rows.values())[-1]
     if tensorboard:
       self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
   def log(self, step: int, seconds: float, values: dict[str, float]) -> None:
-    """One line of metrics.jsonl, and the same to TensorBoard."""
+    """The row of a step in metrics.jsonl, or what is added to it; and the same to TensorBoard.
+
+    Raises:
+      UserError: the folder was deleted or replaced.
+    """
     if self._metrics is None:
       return
-    self._metrics.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
+    self._check_there()
+    row = {"step": step, "seconds": round(seconds, 3), **values}
+    if self._last[1].get("step") == step:
+      row = {**self._last[1], **row}
+      self._metrics.truncate(self._last[0])
+    self._last = self._metrics.tell(), row
+    self._metrics.write(json.dumps(row) + "\n")
     self._metrics.flush()
     if self._board:
       for name, value in values.items():
@@ -125,6 +165,8 @@ class Workdir:
     for file in (self._metrics, self._board):
       if file is not None:
         file.close()
+    if self._lock is not None:
+      self._lock.release()
 
   def cached(self, name: str, draw) -> Samples:
     """Samples from `NAME.npz`, or from `draw()`, which are then kept there."""
@@ -143,6 +185,7 @@ class Workdir:
     """Writes Samples to `NAME.npz`, whole or not at all."""
     if not processes.is_main():
       return
+    self._check_there()
     file = self.path / "evaluations" / f"{name}.npz"
     file.parent.mkdir(exist_ok=True)
     with whole(file) as partial:

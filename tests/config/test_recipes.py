@@ -8,8 +8,9 @@ import ml_collections
 import pytest
 
 import runs
-from jaxalign.config import recipes, schema
+from jaxalign.config import schema
 from jaxalign.config.recipes import default, parse, recipe_path, split_argument
+from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
 from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
@@ -37,7 +38,7 @@ RECIPES = [
   *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft")
     for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"mapo:emoji,{name}" for name in MAPO_PRESETS),
-  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft") for size in recipes.MISMATCH),
+  *(f"{name}:{size}" for name in ("mapo", "diffusion_dpo", "sft") for size in MISMATCH),
   *(f"{name}:{size}" for name in ("diff_instruct_star", "diff_instruct_pp")
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),

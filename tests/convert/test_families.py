@@ -3,13 +3,13 @@ import functools
 import json
 import shutil
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 
+import families
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images, encode_images

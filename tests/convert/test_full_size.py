@@ -2,12 +2,12 @@
 import resource
 import time
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import families
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import runs
 from jaxalign.convert.clip import param_shapes, towers
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModel, CLIPTextModelWithProjection

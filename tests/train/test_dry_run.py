@@ -7,8 +7,9 @@ import pytest
 
 import runs
 from jaxalign import train
-from jaxalign.config.recipes import MISMATCH, parse
+from jaxalign.config.recipes import parse
 from jaxalign.config.registry import METHODS
+from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
 from jaxalign.train import dry_run, experiment
 

@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-import runs
 
+import runs
 from jaxalign import metrics
 from jaxalign.devices import rng
 from jaxalign.sampling import guided_eps, rollout

@@ -1,9 +1,9 @@
 """The `:sdxl` recipes on a small checkpoint of that family."""
-import families
 import jax
 import numpy as np
 import pytest
 
+import families
 import runs
 from jaxalign import sample
 from jaxalign.config import recipes, schema

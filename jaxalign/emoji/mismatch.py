@@ -1,6 +1,6 @@
 """Preference pairs at a chosen distance from what the embedded model draws.
 
-  python -m jaxalign.pretrain.mismatch --scenario=r0 [--pairs=512] --output=runs/pairs/r0.parquet
+  python -m jaxalign.emoji.mismatch --scenario=r0 [--pairs=512] --output=runs/pairs/r0.parquet
 
 Losers and winners, on captions of `emoji_train`:
 
@@ -27,11 +27,11 @@ from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
+from jaxalign.emoji import quality
+from jaxalign.emoji.recipes import MISMATCH
+from jaxalign.emoji.scorers import ASSETS, emoji_clip, emoji_judge
 from jaxalign.errors import UserError
-from jaxalign.pretrain import quality
-from jaxalign.rewards.emoji import ASSETS, emoji_clip, emoji_judge
 
-SCENARIOS = ("r0", "r1", "r2", "r3")
 SHARPNESS = 2.0          # of a vote, in 1 / standard deviations of the reward's differences
 MORE_GUIDANCE = 6.0
 
@@ -108,7 +108,7 @@ def main(argv=None) -> None:
   import pyarrow as pa
   import pyarrow.parquet as pq
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--scenario", required=True, choices=SCENARIOS)
+  parser.add_argument("--scenario", required=True, choices=MISMATCH)
   parser.add_argument("--output", required=True, type=pathlib.Path, help="Parquet file")
   parser.add_argument("--pairs", type=int, default=512)
   parser.add_argument("--strength", type=float, default=1.0, help="0 to 1, of r2 and r3")

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from jaxalign.data.pairs import open_pairs
+from jaxalign.emoji import mismatch, quality, tasks
 from jaxalign.errors import UserError
-from jaxalign.pretrain import mismatch, quality, tasks
 from jaxalign.rewards.rules import grayness
 
 CAPTIONS = ["a cat on a red background", "a dog on a blue background"] * 8

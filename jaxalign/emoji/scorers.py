@@ -3,7 +3,7 @@
 `emoji_clip` is the reward: CLIP's two towers, small. `emoji_judge` never serves as one: another
 architecture from another seed, trained on the same drawings, it tells real gain from a fooled
 reward. It also gives the features for diversity and Frechet distance, and knows the two vendors
-apart. Both are trained by `jaxalign.rewards.train_scorers`.
+apart. Both are trained by `configs/pretrain_emoji_scorers.py`.
 """
 import dataclasses
 import json
@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jaxalign.data.emoji import STYLES
+from jaxalign.emoji.drawings import STYLES
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, unit
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock

@@ -1,6 +1,6 @@
 """The card of the embedded model: everything in it is measured or read from the runs.
 
-  python -m jaxalign.pretrain.card --drawings=FILE [--model=DIR] [--runs=VAE_RUN,MODEL_RUN]
+  python -m jaxalign.emoji.card --drawings=FILE [--model=DIR] [--runs=VAE_RUN,MODEL_RUN]
 
 writes README.md, quality.json, samples.png and autoencoder.png into the model's folder. With
 `--runs`, what is said about training is read from these run folders and kept in training.json.
@@ -16,12 +16,19 @@ import numpy as np
 from jaxalign import viz
 from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
-from jaxalign.data import emoji
 from jaxalign.devices import sharding
+from jaxalign.emoji import quality, scorer_quality
+from jaxalign.emoji.drawings import (
+  CORE_CATEGORIES,
+  VERSION,
+  Drawings,
+  colour_rgb,
+  composite,
+  load_drawings,
+)
+from jaxalign.emoji.scorers import ASSETS, emoji_clip, emoji_judge
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images, encode_images
-from jaxalign.pretrain import autoencoder, quality, scorers
-from jaxalign.rewards.emoji import ASSETS, emoji_clip, emoji_judge
 
 IMAGES = 512
 TARGETS = {"colour": 0.9, "judge_20": 0.7, "noto": 0.2, "twemoji": 0.2}
@@ -44,7 +51,7 @@ def save_samples(path: pathlib.Path, drawn, captions) -> None:
   viz.save_grid(drawn[:48].reshape(12, 4, *drawn.shape[1:]), path, row_labels=labels, scale=3)
 
 
-def measure(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> dict:
+def measure(pipeline, drawings: Drawings, folder: pathlib.Path) -> dict:
   """Figures of model, autoencoder and scorers; draws the card's two pictures into `folder`."""
   figures, drawn, captions = quality.measure(pipeline, drawings, IMAGES)
   by_category = {}
@@ -62,21 +69,21 @@ def measure(pipeline, drawings: emoji.Drawings, folder: pathlib.Path) -> dict:
   chosen = [pairs[i] for i in generator.integers(len(pairs), size=IMAGES)]
   vendor = generator.integers(2, size=IMAGES)
   rows = [names.index(name) for name, _ in chosen]
-  real = emoji.composite(drawings.rgba[vendor, rows].astype(np.float32) / 255,
-                         np.stack([emoji.colour_rgb(colour) for _, colour in chosen]))
+  real = composite(drawings.rgba[vendor, rows].astype(np.float32) / 255,
+                         np.stack([colour_rgb(colour) for _, colour in chosen]))
   vae, params = pipeline.vae, pipeline.params["vae"]
   again = np.concatenate([np.asarray(decode_images(vae, params, encode_images(
       vae, params, real[i:i + 64]))) for i in range(0, IMAGES, 64)])
-  reconstruction = {**autoencoder.reconstruction_error(real, again),
+  reconstruction = {**quality.reconstruction_error(real, again),
                     **quality.score(again, chosen, drawings, generator)}
 
   loaded = {reward.name: reward for reward in (emoji_clip(), emoji_judge())}
-  modules = {name: (scorers.module_of(ASSETS / name), reward.params)
+  modules = {name: (scorer_quality.module_of(ASSETS / name), reward.params)
              for name, reward in loaded.items()}
-  tables = scorers.make_tables(drawings, pipeline.tokenizer)
+  tables = scorer_quality.make_tables(drawings, pipeline.tokenizer)
   result = {"images": IMAGES, "steps": quality.STEPS, "guidance": quality.GUIDANCE,
             "model": figures, "by_category": by_category, "autoencoder": reconstruction,
-            "scorers": scorers.evaluate(modules, tables, 1024)}
+            "scorers": scorer_quality.evaluate(modules, tables, 1024)}
   save_samples(folder / "samples.png", drawn, captions)
   pair = np.stack([real[:32], again[:32]], 1).reshape(8, 8, *real.shape[1:])
   viz.save_grid(pair, folder / "autoencoder.png", scale=3)
@@ -129,7 +136,7 @@ def card(result: dict, training: dict, pipeline) -> str:
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
   return template.substitute(
       images=result["images"], steps=result["steps"], guidance=f"{result['guidance']:g}",
-      version=emoji.VERSION, unet=count("unet"), vae=count("vae"),
+      version=VERSION, unet=count("unet"), vae=count("vae"),
       text_encoder=count("text_encoder"), vocabulary=f"{pipeline.tokenizer.vocab_size:,}",
       length=pipeline.tokenizer.length, prediction=pipeline.scheduler_config["prediction_type"],
       made=made, model=model, by_category=by_category, weakest=weakest,
@@ -146,7 +153,7 @@ def _leaves(tree):
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.data.emoji")
+  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.emoji.drawings")
   parser.add_argument("--model", type=pathlib.Path, default=ASSETS / "emoji", help="its folder")
   parser.add_argument("--runs", help="two run folders, comma between: autoencoder and model")
   args = parser.parse_args(argv)
@@ -158,7 +165,7 @@ def main(argv=None) -> None:
   if not kept.exists():
     raise UserError(f"{kept}: missing; name the two run folders by --runs")
   pipeline = load_pipeline(args.model)
-  drawings = emoji.load(args.drawings).of(emoji.CORE_CATEGORIES)
+  drawings = load_drawings(args.drawings).of(CORE_CATEGORIES)
   result = measure(pipeline, drawings, args.model)
   (args.model / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
   text = card(result, json.loads(kept.read_text()), pipeline)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxalign.data import emoji
 from jaxalign.devices import sharding
+from jaxalign.emoji.colours import color_accuracy
+from jaxalign.emoji.drawings import COLOURS, STYLES, Drawings, caption, held_out
+from jaxalign.emoji.scorers import emoji_clip, emoji_judge
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
-from jaxalign.rewards.emoji import emoji_clip, emoji_judge
-from jaxalign.rewards.rules import color_accuracy
 from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
 
 STEPS, GUIDANCE, CHOICES = 20, 3.0, 20
@@ -63,6 +63,13 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
   return np.concatenate(images)[:len(captions)]
 
 
+def reconstruction_error(images, reconstructed) -> dict[str, float]:
+  """Mean absolute and root mean squared error of `[B, S, S, 3]` in [0, 1]."""
+  gap = np.asarray(images, np.float64) - np.asarray(reconstructed, np.float64)
+  return {"mean_absolute_error": float(np.abs(gap).mean()),
+          "root_mean_squared_error": float(np.sqrt((gap ** 2).mean()))}
+
+
 def share(right) -> dict[str, float]:
   """Mean of `[n]` yes/no answers with its 95 % interval (Wilson)."""
   right = np.asarray(right, np.float64)
@@ -73,10 +80,10 @@ def share(right) -> dict[str, float]:
           "n": n}
 
 
-def trained_pairs(drawings: emoji.Drawings) -> list[tuple[str, str]]:
+def trained_pairs(drawings: Drawings) -> list[tuple[str, str]]:
   """All (name, colour) that training sees."""
-  return [(str(name), colour) for name in drawings.names for colour in emoji.COLOURS
-          if not emoji.held_out(str(name), colour)]
+  return [(str(name), colour) for name in drawings.names for colour in COLOURS
+          if not held_out(str(name), colour)]
 
 
 def ranks_first(scorer, images, captions, wrong) -> np.ndarray:
@@ -92,7 +99,7 @@ def ranks_first(scorer, images, captions, wrong) -> np.ndarray:
   return own > best
 
 
-def measure(pipeline: Pipeline, drawings: emoji.Drawings, images: int, seed: int = 0):
+def measure(pipeline: Pipeline, drawings: Drawings, images: int, seed: int = 0):
   """Figures of a model on captions of trained name-colour pairs, without a style.
 
   colour: the border has the named colour (`color_accuracy`).
@@ -106,20 +113,20 @@ def measure(pipeline: Pipeline, drawings: emoji.Drawings, images: int, seed: int
   generator = np.random.default_rng(seed)
   pairs = trained_pairs(drawings)
   chosen = [pairs[i] for i in generator.integers(len(pairs), size=images)]
-  captions = [emoji.caption(*pair) for pair in chosen]
+  captions = [caption(*pair) for pair in chosen]
   drawn = draw(pipeline, captions, seed, "drawing samples")
   return {**score(drawn, chosen, drawings, generator)}, drawn, captions
 
 
-def score(drawn, chosen, drawings: emoji.Drawings, generator) -> dict[str, dict]:
+def score(drawn, chosen, drawings: Drawings, generator) -> dict[str, dict]:
   """The figures of `measure` for images `[n, S, S, 3]` of `chosen` (name, colour)."""
-  captions = [emoji.caption(*pair) for pair in chosen]
+  captions = [caption(*pair) for pair in chosen]
   names = list(map(str, drawings.names))
 
   def others(colour_of):
-    return [[emoji.caption(generator.choice([n for n in names if n != name]), colour_of(colour))
+    return [[caption(generator.choice([n for n in names if n != name]), colour_of(colour))
              for _ in range(CHOICES - 1)] for name, colour in chosen]
-  anywhere = others(lambda _: str(generator.choice(emoji.COLOURS)))
+  anywhere = others(lambda _: str(generator.choice(COLOURS)))
   same_colour = others(lambda colour: colour)
   judge, clip, rule = emoji_judge(), emoji_clip(), color_accuracy()
   vendor = np.asarray(judge.style(judge.params, drawn)).argmax(-1)
@@ -128,5 +135,5 @@ def score(drawn, chosen, drawings: emoji.Drawings, generator) -> dict[str, dict]
       "judge_20": share(ranks_first(judge, drawn, captions, anywhere)),
       "judge_20_names": share(ranks_first(judge, drawn, captions, same_colour)),
       "clip_20": share(ranks_first(clip, drawn, captions, anywhere)),
-      **{style: share(vendor == i) for i, style in enumerate(emoji.STYLES)},
+      **{style: share(vendor == i) for i, style in enumerate(STYLES)},
   }

@@ -4,9 +4,10 @@ import json
 import pytest
 
 from jaxalign.convert import load_pipeline
+from jaxalign.emoji import card, quality
+from jaxalign.emoji.scorers import ASSETS, emoji_judge
 from jaxalign.errors import UserError
-from jaxalign.pretrain import card, onestep, quality
-from jaxalign.rewards.emoji import ASSETS, emoji_judge
+from jaxalign.pretrain import onestep
 
 MODEL = ASSETS / "emoji"
 

@@ -1,6 +1,6 @@
 """The emoji drawings behind the embedded model, and the captions made from them.
 
-`python -m jaxalign.data.emoji --output=DIR` fetches two npm packages (with `npm pack`; or reads
+`python -m jaxalign.emoji.drawings --output=DIR` fetches two npm packages (with `npm pack`; or reads
 tarballs given by `--google` and `--twitter`), checks them against known checksums, and writes
 `DIR/emoji.npz`: every emoji that both Noto Emoji and Twemoji drew, about 1,900 names.
 """
@@ -40,6 +40,8 @@ PALETTE = {  # sRGB, 0..255
     "cyan": (90, 210, 220), "brown": (120, 80, 50),
 }
 COLOURS = tuple(PALETTE)
+RGB = np.array(list(PALETTE.values()), np.float32) / 255      # [12, 3] in [0, 1]
+NO_STYLE = len(STYLES)     # last column of the table of captions; those before name a style
 
 
 class Drawings(NamedTuple):
@@ -56,7 +58,7 @@ class Drawings(NamedTuple):
 
 def colour_rgb(colour: str) -> np.ndarray:
   """`[3]` f32 in [0, 1] of a palette colour."""
-  return np.asarray(PALETTE[colour], np.float32) / 255
+  return RGB[COLOURS.index(colour)]
 
 
 def clean_name(name: str) -> str:
@@ -67,6 +69,13 @@ def clean_name(name: str) -> str:
 def caption(name: str, colour: str, style: str | None = None) -> str:
   """'a cat on a red background', with ' noto style' or ' twemoji style' where `style` is given."""
   return f"a {name} on a {colour} background" + (f" {style} style" if style else "")
+
+
+def caption_tokens(drawings: Drawings, tokenizer) -> np.ndarray:
+  """`[N, 12, 3, L]` int32 token ids of all captions: name, colour, style (or `NO_STYLE`)."""
+  captions = [caption(name, colour, style) for name in drawings.names
+              for colour in COLOURS for style in (*STYLES, None)]
+  return tokenizer(captions).reshape(len(drawings.names), len(COLOURS), NO_STYLE + 1, -1)
 
 
 def held_out(name: str, colour: str) -> bool:
@@ -87,14 +96,14 @@ def composite(rgba, colour):
   return rgba[..., :3] * alpha + colour[..., None, None, :] * (1 - alpha)
 
 
-def load(path) -> Drawings:
+def load_drawings(path) -> Drawings:
   """Drawings from the file that this module's command writes."""
   try:
     with np.load(path) as file:
       return Drawings(*(file[field] for field in Drawings._fields))
   except (OSError, KeyError, ValueError) as error:
     raise UserError(f"{path}: not a file of drawings; make one with "
-                    "`python -m jaxalign.data.emoji --output=DIR`") from error
+                    "`python -m jaxalign.emoji.drawings --output=DIR`") from error
 
 
 def read_tarballs(tarballs: dict[str, pathlib.Path], size: int, checksums=SHA256) -> Drawings:

@@ -4,10 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data.emoji import COLOURS, caption, colour_rgb
-from jaxalign.errors import UserError
-from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.rewards.emoji import (
+from jaxalign.emoji.drawings import COLOURS, caption, colour_rgb
+from jaxalign.emoji.scorers import (
   ASSETS,
   emoji_clip,
   emoji_judge,
@@ -16,6 +14,8 @@ from jaxalign.rewards.emoji import (
   emoji_styled,
   load_scorer,
 )
+from jaxalign.errors import UserError
+from jaxalign.models.tokenizer import Tokenizer
 
 PROMPTS = ["a grinning face on a red background", "a cat on a blue background noto style",
            "a red heart on a yellow background"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxalign.data import emoji
+from jaxalign.emoji import drawings as emoji
 from jaxalign.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_reads_what_both_vendors_drew(tarballs, tmp_path):
   assert drawings.rgba[1, 0, 16, 16].tolist() == [50, 100, 200, 255]
   assert drawings.rgba[:, 0, 0, 0, 3].tolist() == [0, 0]
   np.savez(tmp_path / "emoji.npz", **drawings._asdict())
-  again = emoji.load(tmp_path / "emoji.npz")
+  again = emoji.load_drawings(tmp_path / "emoji.npz")
   np.testing.assert_array_equal(again.rgba, drawings.rgba)
   assert len(again.of(["Animals & Nature"]).names) == 1 and len(again.of(["Flags"]).names) == 0
 
@@ -63,8 +63,8 @@ def test_missing_files_are_named(tmp_path):
   missing = tmp_path / "none.tgz"
   with pytest.raises(UserError, match="none.tgz"):
     emoji.read_tarballs({"google": missing, "twitter": missing}, 32)
-  with pytest.raises(UserError, match="none.tgz.*jaxalign.data.emoji"):
-    emoji.load(missing)
+  with pytest.raises(UserError, match="none.tgz.*jaxalign.emoji.drawings"):
+    emoji.load_drawings(missing)
 
 
 def test_captions():

@@ -1,6 +1,6 @@
 """Task sets with headroom: prompts on which the embedded model succeeds now and then.
 
-`python -m jaxalign.pretrain.tasks --drawings=FILE [--model=DIR] [--output=DIR]` draws every name,
+`python -m jaxalign.emoji.tasks --drawings=FILE [--model=DIR] [--output=DIR]` draws every name,
 keeps those with 20 to 60 % success, splits their backgrounds into training and held-out prompts,
 measures the held-out ones afresh and writes prompt files, `tasks.json` and a page.
 """
@@ -17,12 +17,19 @@ import numpy as np
 
 from jaxalign.config.command import exit_status
 from jaxalign.convert import load_pipeline
-from jaxalign.data import emoji
 from jaxalign.devices import sharding
+from jaxalign.emoji import quality
+from jaxalign.emoji.drawings import (
+  COLOURS,
+  CORE_CATEGORIES,
+  STYLES,
+  Drawings,
+  caption,
+  load_drawings,
+)
+from jaxalign.emoji.scorers import ASSETS
 from jaxalign.errors import UserError
-from jaxalign.pretrain import quality
 from jaxalign.rewards import make_reward
-from jaxalign.rewards.emoji import ASSETS
 
 HELD_OUT_COLOURS = ("pink", "gray", "cyan", "brown")
 LOW, HIGH = 0.2, 0.6
@@ -46,7 +53,7 @@ SETS = (
             "Diff-Instruct*", "emoji_clip", "emoji_rank", (None,)),
     TaskSet("emoji", "preferences: MaPO, Diffusion-DPO, SFT", "pairs", "emoji_twemoji"),
     TaskSet("emoji_styles", "yes or no: DDPO, B2-DiffuRL; noise: DNO, best-of-N", "emoji_style",
-            "emoji_styled", emoji.STYLES),
+            "emoji_styled", STYLES),
 )
 
 
@@ -73,11 +80,11 @@ def choose(pipeline, names: list[str], task: TaskSet) -> list[tuple[str, str | N
   """
   entries = [(name, style) for name in names for style in task.styles]
   entries = sorted(entries, key=lambda entry: zlib.crc32(str(entry).encode()))[:CANDIDATES]
-  colours = [c for c in emoji.COLOURS if c not in HELD_OUT_COLOURS]
+  colours = [c for c in COLOURS if c not in HELD_OUT_COLOURS]
   inside = lambda rate: (rate >= LOW) & (rate <= HIGH)
 
   def scores(entries, samples, seed, label):
-    captions = [emoji.caption(name, colours[k % len(colours)], style)
+    captions = [caption(name, colours[k % len(colours)], style)
                 for name, style in entries for k in range(samples)]
     rewards = rewards_of(pipeline, captions, (task.reward, task.success, "emoji_judge"), seed,
                          f"{label} {task.label}")
@@ -93,7 +100,7 @@ def choose(pipeline, names: list[str], task: TaskSet) -> list[tuple[str, str | N
   return [entries[i] for i in sorted(kept, key=lambda i: -agreed[i])[:NAMES]]
 
 
-def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) -> list[dict]:
+def write(pipeline, drawings: Drawings, folder: pathlib.Path, keep=False) -> list[dict]:
   """Writes the prompt files of all sets (unless `keep`) and their table, which it returns."""
   unseen = (ASSETS / "prompts" / "emoji_unseen.txt").read_text()
   names = sorted({name for name in map(str, drawings.names) if f"a {name} on" not in unseen})
@@ -106,8 +113,8 @@ def write(pipeline, drawings: emoji.Drawings, folder: pathlib.Path, keep=False) 
         raise UserError(f"{task.label}: no name has a success between {LOW} and {HIGH}")
       for side, file in files.items():
         file.write_text("\n".join(
-            emoji.caption(name, colour, style) for name, style in chosen
-            for colour in emoji.COLOURS
+            caption(name, colour, style) for name, style in chosen
+            for colour in COLOURS
             if (colour in HELD_OUT_COLOURS) == (side == "heldout")) + "\n")
     prompts = {side: file.read_text().splitlines() for side, file in files.items()}
     repeated = [prompt for prompt in prompts["heldout"] for _ in range(SAMPLES)]
@@ -136,14 +143,14 @@ def page(table: list[dict]) -> str:
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.data.emoji")
+  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.emoji.drawings")
   parser.add_argument("--model", default=str(ASSETS / "emoji"), help="diffusers directory")
   parser.add_argument("--output", type=pathlib.Path, default=ASSETS / "prompts", help="folder")
   parser.add_argument("--keep_prompts", action="store_true", help="only measure them anew")
   args = parser.parse_args(argv)
   sharding.use_cores()
   args.output.mkdir(parents=True, exist_ok=True)
-  table = write(load_pipeline(args.model), emoji.load(args.drawings).of(emoji.CORE_CATEGORIES),
+  table = write(load_pipeline(args.model), load_drawings(args.drawings).of(CORE_CATEGORIES),
                 args.output, args.keep_prompts)
   print(json.dumps(table, indent=2))
 

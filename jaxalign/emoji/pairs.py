@@ -1,6 +1,6 @@
 """The shipped preference pairs: one vendor's drawing of an emoji preferred to the other's.
 
-`python -m jaxalign.data.emoji_pairs --drawings=DIR/emoji.npz --output=FILE.parquet` writes, in the
+`python -m jaxalign.emoji.pairs --drawings=DIR/emoji.npz --output=FILE.parquet` writes, in the
 columns of Pick-a-Pic v2, a pair for the names of the core categories: Twemoji's drawing (image 0,
 preferred) and Noto's on the same plain background. What evaluation asks for is left out: captions
 of `emoji_heldout`, names of `emoji_unseen`, and name-colour pairs that the embedded model never
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jaxalign.config.command import exit_status
-from jaxalign.data.emoji import (
+from jaxalign.emoji.drawings import (
     COLOURS,
     CORE_CATEGORIES,
     STYLES,
@@ -24,7 +24,7 @@ from jaxalign.data.emoji import (
     colour_rgb,
     composite,
     held_out,
-    load,
+    load_drawings,
 )
 
 WINNER = "twemoji"
@@ -62,10 +62,10 @@ def main(argv=None):
   import pyarrow.parquet as pq
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--drawings", required=True, type=pathlib.Path,
-                      help="emoji.npz of `python -m jaxalign.data.emoji`")
+                      help="emoji.npz of `python -m jaxalign.emoji.drawings`")
   parser.add_argument("--output", required=True, type=pathlib.Path, help="Parquet file")
   args = parser.parse_args(argv)
-  rows = make_rows(load(args.drawings).of(CORE_CATEGORIES))
+  rows = make_rows(load_drawings(args.drawings).of(CORE_CATEGORIES))
   args.output.parent.mkdir(parents=True, exist_ok=True)
   pq.write_table(pa.Table.from_pylist(rows), args.output, compression="zstd")
   print(f"{args.output}: {len(rows)} pairs, {args.output.stat().st_size / 2**20:.2f} MiB")
