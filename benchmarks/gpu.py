@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.config import recipes, registry, schema
+from jaxalign import methods
+from jaxalign.config import recipes, schema
 from jaxalign.models.architectures import ARCHITECTURES, architecture
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.sampling import Conditioning, guided_eps, rollout
+from jaxalign.sampling import Conditioning, guided_output, rollout
 from jaxalign.train.experiment import build
 from jaxalign.train.opening import ASSETS, open_pipeline
 from jaxalign.train.pairs import PairTable
@@ -79,7 +80,7 @@ def time_update(name: str, pipeline, args) -> float:
   """Seconds of collecting and updating with one method."""
   cfg = config(name, args)
   exp = build(cfg, jax.devices()[:1], pipeline)
-  method = registry.load_method(name).make(exp.models, cfg.method, cfg.optim)
+  method = methods.make(name, exp.models, cfg.method, cfg.optim)
   prompts, root = ["a cat on a red background"], jax.random.key(0)
   pairs = RandomPairs(exp, args.batch) if cfg.reads_pairs else None
   table = pairs.shared if pairs else exp.prompt_table(prompts)
@@ -103,11 +104,11 @@ def time_jax(pipeline, args) -> dict[str, float]:
   cond = jax.device_put(exp.embed(["a cat"] * args.batch))
   uncond = jax.device_put(exp.embed([""] * args.batch))
   ids, key = jnp.arange(args.batch), jax.random.key(0)
-  eps = guided_eps(models.denoise, models.schedule, 5.0)
+  output = guided_output(models.denoise, 5.0)
 
   @jax.jit
   def sample(base, decoder):
-    trajectory = rollout(eps, {"params": base}, models.sampler, Conditioning(cond, uncond), key,
+    trajectory = rollout(output, {"params": base}, models.sampler, Conditioning(cond, uncond), key,
                          ids, models.latent_shape)
     return models.decode(decoder, trajectory.final)
   out = {"sampling": median(

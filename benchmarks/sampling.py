@@ -20,7 +20,7 @@ from absl import app, flags
 from jaxalign.convert import load_pipeline
 from jaxalign.devices import sharding
 from jaxalign.models.vae import decode_images
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _CHECKPOINT = flags.DEFINE_string("checkpoint", str(ROOT / "jaxalign/assets/emoji"),
@@ -35,7 +35,7 @@ def ours(path, prompts, steps):
   pipeline = load_pipeline(path)
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, steps, eta=0.0)
-  eps_fn = guided_eps(pipeline.denoise, schedule, GUIDANCE)
+  output_fn = guided_output(pipeline.denoise, GUIDANCE)
   mesh = sharding.make_mesh(-1, 1, 1)
   params = jax.device_put(pipeline.params, sharding.replicated(mesh))
 
@@ -43,7 +43,7 @@ def ours(path, prompts, steps):
   def draw(params, ids, uncond_ids, key):
     conditioning = Conditioning(pipeline.encode_prompts(params, ids),
                                 pipeline.encode_prompts(params, uncond_ids))
-    trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key,
+    trajectory = rollout(output_fn, {"params": params["unet"]}, sampler, conditioning, key,
                          jnp.arange(len(prompts)), pipeline.latent_shape)
     return decode_images(pipeline.vae, params["vae"], trajectory.final)
   ids, uncond = jax.device_put(

@@ -15,10 +15,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from jaxalign.config import recipes, registry
+from jaxalign import methods
+from jaxalign.config import recipes
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
-from jaxalign.sampling import guided_eps
 from jaxalign.train.experiment import build, gather
 from jaxalign.train.programs import Programs
 
@@ -32,7 +32,7 @@ def main(argv):
   cfg = recipes.parse(_CONFIG.value)
   exp = build(cfg)
   models, frozen = exp.models, exp.frozen
-  method = registry.load_method(cfg.method_name).make(models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
   prompts = read_prompts("data.prompts", cfg.data.prompts)
   table, root = exp.prompt_table(prompts), jax.random.key(0)
   programs = Programs(exp, method, table, root)
@@ -61,10 +61,8 @@ def main(argv):
   batch = jax.jit(gather)(table, np.resize(ids, rows), np.arange(rows))
   x = jax.random.normal(rng.stream(root, rng.EVAL), (rows,) + models.latent_shape)
   t = jnp.full((rows,), 500)
-  eps = guided_eps(models.denoise, models.schedule, models.guidance)
   policy = method.product(state)
-  run = lambda policy, frozen, x: eps(models.combine(policy, frozen["base"]), x, t,
-                                      batch["conditioning"])
+  run = lambda policy, frozen, x: models.output(policy, frozen, x, t, batch["conditioning"])
   value = lambda x, frozen: models.score(
       frozen["reward"], models.decode(frozen["decoder"], x), batch["prepared"]).sum()
   forward = jax.jit(run)

@@ -17,7 +17,7 @@ from jaxalign.config import recipes
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
 from jaxalign.methods import nabla_gfn
-from jaxalign.sampling import expand, guided_eps, initial_noise, rollout, step_noise
+from jaxalign.sampling import expand, initial_noise, step_noise
 from jaxalign.train.experiment import build, gather
 
 _BETA = flags.DEFINE_float("beta", 20.0, "reward strength, raw")
@@ -30,8 +30,6 @@ def main(argv):
   models, frozen, sampler = exp.models, exp.frozen, exp.models.sampler
   prompts = read_prompts("prompts", "jaxalign:emoji_heldout")
   table, n = exp.prompt_table(prompts), _SAMPLES.value
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
-  base = models.combine(None, frozen["base"])
   key, ids = rng.stream(jax.random.key(0), rng.EVAL), jnp.arange(n)
 
   @jax.jit
@@ -43,11 +41,10 @@ def main(argv):
       guess, _ = nabla_gfn.value_gradient(models, cfg, None, frozen, x, jnp.full((n,), t),
                                           jnp.zeros(n, bool), batch, key, jnp.inf)
       shift = -beta * gammas[k] * guess / sampler.at("lam", k)
-      eps = eps_fn(base, x, t, batch["conditioning"]) + shift
-      scale = sampler.at("std", k) * sampler.at("lam", k)
-      kl = kl + 0.5 * jnp.square(scale) * jnp.square(shift).sum((1, 2, 3))
+      out = models.output(None, frozen, x, t, batch["conditioning"]) + shift
+      kl = kl + 0.5 * jnp.square(sampler.at("rate", k)) * jnp.square(shift).sum((1, 2, 3))
       noise = step_noise(key, ids, models.latent_shape, k)
-      return sampler.mean(k, x, eps) + expand(sampler.at("std", k), x) * noise, kl
+      return sampler.mean(k, x, out) + expand(sampler.at("std", k), x) * noise, kl
     x, kl = jax.lax.fori_loop(0, sampler.steps, body, (
         initial_noise(key, ids, models.latent_shape), jnp.zeros(n)))
     images = models.decode(frozen["decoder"], x)
@@ -60,16 +57,14 @@ def main(argv):
   print(f"guidance by the guess, raw beta {_BETA.value:g}, {n} samples (reward mean without "
         f"{before[0].mean():.3f})")
   for name in ("one", "sqrt_abar", "abar"):
-    gammas = nabla_gfn.gamma_at(name, jnp.asarray(sampler.abar, jnp.float32))
+    gammas = nabla_gfn.gamma_at(name, jnp.asarray(sampler.alpha, jnp.float32))
     reward, judge, kl = guide(frozen, batch, _BETA.value, gammas)
     print(f"  gamma {name:10s} reward {pm(np.asarray(reward - before[0]))}   judge "
           f"{pm(np.asarray(judge - before[1]))}   path KL {kl.mean():.2f} nats")
 
   print(f"share of the guess's squared norm common to {n} samples of one prompt")
   several = gather(table, np.repeat(np.arange(4) * 8, n), np.arange(4 * n))
-  trajectory = jax.jit(lambda frozen: rollout(
-      eps_fn, models.combine(None, frozen["base"]), sampler, several["conditioning"], key,
-      several["sample_ids"], models.latent_shape))(frozen)
+  trajectory = jax.jit(lambda frozen: models.rollout(None, frozen, several, key))(frozen)
   for copies, std in ((1, 0.0), (4, 0.8)):
     cfg = nabla_gfn.Config(gamma="one", x0_net="ref", perturbations=copies, perturb_std=std)
     guess = jax.jit(lambda frozen, x, t: nabla_gfn.value_gradient(

@@ -12,7 +12,7 @@ Arguments after a colon, separated by commas:
   full, one, lv    DRaFT through all steps, DRaFT-1, DRaFT-LV
 """
 from jaxalign.config import recipes
-from jaxalign.methods.reward_gradient import PRESETS
+from jaxalign.methods.draft import PRESETS
 
 
 def get_config(arg="emoji"):

@@ -18,7 +18,7 @@ Arguments after a colon, joined by commas:
 """
 from jaxalign.config import recipes
 from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
-from jaxalign.methods.preference import PRESETS
+from jaxalign.methods.mapo import PRESETS
 
 
 def get_config(arg="emoji"):

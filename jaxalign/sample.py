@@ -1,13 +1,14 @@
 """Command line: `python -m jaxalign.sample --checkpoint=DIR --prompts=FILE|"text" --output=DIR`.
 
-`DIR` is a run's folder or any checkpoint directory. Writes one PNG an image, `grid.png` and
-`samples.jsonl`.
+`DIR` is a run's folder or any checkpoint directory. Writes one PNG an image as soon as it is drawn,
+`grid.png` (the first prompts) and, when all is there, `samples.jsonl`.
 """
 import functools
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.storage.files import whole
 from jaxalign.train.opening import own_sampler
 from jaxalign.train.restore import load_tuned, run_config
@@ -43,13 +44,22 @@ _WIDTH = _FLAGS.define("integer", "width", None, "Pixels; as in the run, else th
 _BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", lower_bound=1)
 _DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
                        "What networks compute in; that of the run, else float32.")
+_GRID = 32, 16         # rows and columns of grid.png, at most
 _SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".parquet")   # of files
 
 
 def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 0,
              negative_prompt: str = "", sample: SampleConfig | None = None,
              batch: int = 32) -> np.ndarray:
-  """Images `[P, n, H, W, 3]` uint8; image (p, i) depends on prompt, p * n + i and seed only.
+  """Images `[P, n, H, W, 3]` uint8; image (p, i) depends on prompt, p * n + i and seed only."""
+  images = np.concatenate(list(batches(pipeline, prompts, n, seed=seed, sample=sample, batch=batch,
+                                       negative_prompt=negative_prompt)))
+  return images.reshape((len(prompts), n) + images.shape[1:])
+
+
+def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negative_prompt: str,
+            sample: SampleConfig | None, batch: int) -> Iterator[np.ndarray]:
+  """The images of `generate` in order, `[B, H, W, 3]` at a time: whoever has seen them may let go.
 
   A batch is spread over all devices.
   """
@@ -61,17 +71,14 @@ def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 
   total = len(prompts) * n
   batch = -(-min(batch, total) // mesh.size) * mesh.size
   uncond = encode(params, pipeline.tokenize([negative_prompt] * batch))
-  images = []
   with tqdm(total=total, desc="sampling", unit="img") as bar:
     for start in range(0, total, batch):
       ids = np.arange(start, start + batch, dtype=np.int32)
       rows = [prompts[i] for i in np.minimum(ids, total - 1) // n]    # the last batch is filled up
       cond = encode(params, pipeline.tokenize(rows))
       inputs = jax.device_put((Conditioning(cond, uncond), ids), rows_apart)
-      images.append(np.asarray(draw(params, inputs[0], key, inputs[1])))
+      yield np.asarray(draw(params, inputs[0], key, inputs[1]))[:total - start]
       bar.update(min(batch, total - start))
-  images = np.concatenate(images)[:total]
-  return images.reshape((len(prompts), n) + images.shape[1:])
 
 
 @functools.lru_cache(maxsize=4)     # a notebook that calls `generate` again compiles nothing again
@@ -79,13 +86,11 @@ def _programs(pipeline: Pipeline, sample: SampleConfig):
   """`encode(params, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
   pipeline = pipeline.resized(sample.height, sample.width)
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  sampler = make_sampler(schedule, sample.steps, kind=sample.kind, eta=sample.eta,
-                         spacing=sample.spacing, final=sample.final, variance=sample.variance,
-                         timestep=sample.timestep)
-  eps_fn = guided_eps(pipeline.denoise, schedule, sample.guidance)
+  sampler = make_sampler(schedule, **sample.transitions)
+  output_fn = guided_output(pipeline.denoise, sample.guidance)
 
   def draw(params, conditioning, key, ids):
-    trajectory = rollout(eps_fn, {"params": params["unet"]}, sampler, conditioning, key, ids,
+    trajectory = rollout(output_fn, {"params": params["unet"]}, sampler, conditioning, key, ids,
                          pipeline.latent_shape)
     images = decode_images(pipeline.vae, params["vae"], trajectory.final)
     return (images * 255).round().astype(jnp.uint8)
@@ -107,19 +112,30 @@ def _prompts(text: str) -> list[str]:
   return [text]
 
 
-def _write(output: pathlib.Path, images: np.ndarray, prompts: list[str]) -> None:
-  """Images, then `samples.jsonl` that lists them, then the grid; each but that whole or not."""
-  lines = []
-  for p, prompt in enumerate(prompts):
-    for i, image in enumerate(images[p]):
+def _write(output: pathlib.Path, images: Iterator[np.ndarray], prompts: list[str], n: int) -> None:
+  """Every image as it comes, the grid as soon as its own are there, at last `samples.jsonl`.
+
+  Each appears whole or not at all; what an earlier run listed is no longer true from the start.
+  """
+  for stale in ("samples.jsonl", "grid.png"):
+    (output / stale).unlink(missing_ok=True)
+  rows, columns = min(len(prompts), _GRID[0]), min(n, _GRID[1])
+  shown = []
+  with whole(output / "samples.jsonl") as file, file.open("w") as listing:
+    for count, image in enumerate(image for part in images for image in part):
+      p, i = divmod(count, n)
       name = f"{p:04d}_{i:02d}.png"
-      with whole(output / name) as file:
-        Image.fromarray(image).save(file)
-      lines.append(json.dumps({"file": name, "prompt": prompt, "seed": _SEED.value,
-                               "negative_prompt": _NEGATIVE.value}) + "\n")
-  with whole(output / "samples.jsonl") as file:
-    file.write_text("".join(lines))
-  viz.save_grid(images[:32], output / "grid.png", row_labels=prompts[:32])
+      with whole(output / name) as picture:
+        Image.fromarray(image).save(picture)
+      listing.write(json.dumps({"file": name, "prompt": prompts[p], "seed": _SEED.value,
+                                "negative_prompt": _NEGATIVE.value}) + "\n")
+      if p < rows and i < columns:
+        shown.append(image.copy())         # a view would keep its whole batch
+        if len(shown) == rows * columns:
+          grid = np.stack(shown).reshape((rows, columns) + image.shape)
+          viz.save_grid(grid, output / "grid.png", row_labels=prompts[:rows])
+          del grid
+          shown.clear()
 
 
 def main(argv) -> None:
@@ -139,13 +155,13 @@ def main(argv) -> None:
     output.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
-  images = generate(pipeline, prompts, _N.value, seed=_SEED.value, negative_prompt=_NEGATIVE.value,
-                    sample=sample, batch=_BATCH.value)
+  images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
+                   negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   try:
-    _write(output, images, prompts)
+    _write(output, images, prompts, _N.value)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
-  print(f"{images.shape[0] * images.shape[1]} images in {output}")
+  print(f"{len(prompts) * _N.value} images in {output}")
 
 
 if __name__ == "__main__":

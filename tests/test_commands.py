@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ import pytest
 from PIL import Image
 
 import runs
+from jaxalign import sample
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main
 from jaxalign.export import main as export_main
 from jaxalign.models.vae import decode_images
 from jaxalign.sample import _prompts, generate
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train.restore import load_tuned
 
@@ -197,8 +199,8 @@ def test_workdir_of_another_run_names_the_first_key(fails):
 def test_workdir_whose_prompts_have_changed_since(fails, tmp_path):
   path = shutil.copytree(runs.finished(), tmp_path / "run")
   record = json.loads((path / "config.json").read_text())
-  assert set(record["prompts"]) == {"data.prompts", "data.eval_prompts"}
-  record["prompts"]["data.eval_prompts"] = "0" * 64
+  assert set(record["contents"]) == {"data.prompts", "data.eval_prompts"}
+  record["contents"]["data.eval_prompts"] = "0" * 64
   (path / "config.json").write_text(json.dumps(record))
   before = snapshot(path)
   fails("launch", *launch_args(f"--workdir={path}", "--config.train.steps=4"),
@@ -264,6 +266,33 @@ def test_sample_command(command, tmp_path, tuned):
   assert (tmp_path / "out" / "grid.png").is_file()
   expected = generate(tuned, PROMPTS, 3, seed=5, sample=runs.smoke().sample)
   np.testing.assert_array_equal(images, expected)
+
+
+def test_sample_lets_go_of_images_and_leaves_whole_files(tmp_path):
+  """Images are written as they come; a run that ends half-way has listed nothing."""
+  sample._FLAGS(["sample"])
+  prompts, alive = [f"cat {i}" for i in range(70)], []
+
+  def drawn(upto):
+    for i in range(0, upto, 2):
+      part = np.full((2, 8, 8, 3), i, np.uint8)
+      alive.append(weakref.ref(part))
+      yield part
+      assert (tmp_path / f"{i + 1:04d}_00.png").exists()
+      del part
+      assert sum(ref() is not None for ref in alive) <= 1
+  (tmp_path / "samples.jsonl").write_text("of another run")
+
+  def interrupted():
+    yield from drawn(40)
+    raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt):
+    sample._write(tmp_path, interrupted(), prompts, 1)
+  names = sorted(file.name for file in tmp_path.iterdir())
+  assert names == [f"{i:04d}_00.png" for i in range(40)] + ["grid.png"]
+  sample._write(tmp_path, drawn(70), prompts, 1)
+  assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 70
+  assert len(list(tmp_path.iterdir())) == 72
 
 
 def test_generate(tuned):
@@ -458,13 +487,13 @@ def float_images(pipeline, latents, prompts, steps=10, guidance=3.0):
   """Our deterministic sampler from given noise, images `[B, H, W, 3]` f32."""
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, steps, eta=0.0, final="")
-  eps = guided_eps(pipeline.denoise, schedule, guidance)
+  output = guided_output(pipeline.denoise, guidance)
   encode = lambda texts: pipeline.encode_prompts(pipeline.text_params, pipeline.tokenize(texts))
   conditioning = Conditioning(encode(prompts), encode([""] * len(prompts)))
 
   @jax.jit
   def draw(params, latents, conditioning):
-    path = rollout(eps, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
+    path = rollout(output, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
                    jnp.arange(len(prompts)), pipeline.latent_shape, x_init=latents)
     return decode_images(pipeline.vae, params["vae"], path.final)
   return np.asarray(draw(pipeline.params, latents, conditioning))

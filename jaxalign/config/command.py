@@ -1,12 +1,10 @@
 """What all commands share: flags in, one-line errors out, an exit status that can be trusted."""
-import os
-import pathlib
 import re
 import sys
 
 from absl import flags
 
-from jaxalign.config.recipes import recipe_path
+from jaxalign.config.recipes import load_recipe, recipe_path
 from jaxalign.errors import Stopped, UserError
 
 
@@ -90,11 +88,12 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
 
 def _shipped(arg: str) -> str:
-  """`--config=jaxalign:NAME` -> the file of that recipe; checks that a named file exists."""
+  """`--config=jaxalign:NAME` -> the file of that recipe; checks that a named file runs.
+
+  absl runs it once more, and would not say where in it something went wrong.
+  """
   if not arg.startswith("--config="):
     return arg
   name = recipe_path(arg.removeprefix("--config="))
-  file = name.split(".py")[0] + ".py"
-  if not pathlib.Path(file).is_file():
-    raise UserError(f"--config={name}: no such file (in {os.getcwd()})")
+  load_recipe(name)
   return f"--config={name}"

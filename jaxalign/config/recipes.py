@@ -7,13 +7,14 @@ the dataclasses of `schema`. No other place has defaults.
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import typing
 
 import ml_collections
 
-from jaxalign.config import registry
-from jaxalign.config.schema import GROUPS, Config
+from jaxalign.config import registry, source
+from jaxalign.config.schema import GROUPS, OLD_FINALS, Config
 from jaxalign.errors import UserError
 
 
@@ -27,10 +28,12 @@ def default(method: str, recipe: str = "") -> ml_collections.ConfigDict:
 
 
 def completed(values: dict) -> dict:
-  """What an older version wrote as config.json, with the defaults of keys that it did not know."""
+  """What an older version wrote as config.json, with defaults and names of keys that are new."""
   known = json.loads(default(values["method"]["name"]).to_json())
-  return {**values, **{name: {**group, **values.get(name, {})}
-                       for name, group in known.items() if isinstance(group, dict)}}
+  values = {**values, **{name: {**group, **values.get(name, {})}
+                         for name, group in known.items() if isinstance(group, dict)}}
+  final = values["sample"]["final"]
+  return {**values, "sample": {**values["sample"], "final": OLD_FINALS.get(final, final)}}
 
 
 def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:
@@ -115,20 +118,31 @@ def recipe_path(name: str) -> str:
   raise UserError(f"--config={name}: no recipe {recipe!r}; there are {', '.join(known)}")
 
 
+def split_recipe(name: str) -> tuple[pathlib.Path, str]:
+  """`FOLDER/FILE.py:ARG` -> file and argument, "" if none; a folder may be called `x.py` too."""
+  file, found, arg = name.rpartition(".py:")
+  return (pathlib.Path(f"{file}.py"), arg) if found else (pathlib.Path(name), "")
+
+
 def load_recipe(name: str) -> ml_collections.ConfigDict:
   """The ConfigDict of a recipe: `FILE.py[:ARG]`, or `jaxalign:NAME[:ARG]` for a shipped one.
 
   Raises:
-    UserError: there is no such recipe.
+    UserError: there is no such recipe, or it fails to run; names its line.
   """
-  file, _, arg = recipe_path(name).partition(".py:")
-  file = pathlib.Path(file if file.endswith(".py") else f"{file}.py")
-  if not file.is_file():
-    raise UserError(f"recipe {name}: no such file")
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(*[arg] * bool(arg))
+  file, arg = split_recipe(recipe_path(name))
+  if file.suffix != ".py" or not file.is_file():
+    raise UserError(f"recipe {name}: no such file (in {os.getcwd()})")
+  try:
+    config = source.run_file(file).get_config(*[arg] * bool(arg))
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise UserError(f"recipe {file} failed{source.line_in(error, file)}: "
+                    f"{source.one_line(error)}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f"recipe {file}: get_config returned {type(config).__name__}, not a ConfigDict")
+  return config
 
 
 def build_group(cls, group: str, values: dict):

@@ -1,9 +1,29 @@
-"""Names and what they stand for: methods by module, and what other packages add (entry points)."""
+"""Names and what they stand for: methods by file, and what other packages add (entry points)."""
+import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import pkgutil
 from collections.abc import Collection
 
 from jaxalign.errors import UserError
+
+# What the `Config` of a method may say of it, in attributes or properties that are no keys, and
+# what holds where it says nothing.
+NEEDS = {
+    "reads_pairs": False,             # it trains on preference pairs: nothing is sampled and scored
+    "at_inference": False,            # it trains no weights: the noise of each image is its product
+    "reward_gradients": False,        # the reward must be differentiable
+    "without_gradients": "",          # ... and what a user may do if it is not
+    "noise_at_every_step": False,     # no transition of the sampler may be deterministic
+    "group": 1,                       # trajectories of each prompt in a batch, side by side
+    "minibatches": 1,                 # optimiser steps that share a batch
+}
+
+
+def need(method, name: str):
+  """What the config of a method says of the need `name`."""
+  return getattr(method, name, NEEDS[name])
 
 
 def added(kind: str, known: Collection[str]) -> dict[str, importlib.metadata.EntryPoint]:
@@ -21,40 +41,27 @@ def added(kind: str, known: Collection[str]) -> dict[str, importlib.metadata.Ent
   return found
 
 
-# name -> what offers `Config` (a validated dataclass) and `make(models, cfg, optim) -> Method`: a
-# module, or `module:object` where one file holds several methods.
-METHODS = {
-    "alignprop": "jaxalign.methods.reward_gradient:alignprop",
-    "b2_diffurl": "jaxalign.methods.b2_diffurl",
-    "best_of_n": "jaxalign.methods.best_of_n",
-    "ddpo": "jaxalign.methods.policy_gradient",
-    "diff_instruct_star": "jaxalign.methods.diff_instruct_star",
-    "diffusion_dpo": "jaxalign.methods.preference:diffusion_dpo",
-    "dno": "jaxalign.methods.dno",
-    "draft": "jaxalign.methods.reward_gradient:draft",
-    "mapo": "jaxalign.methods.preference:mapo",
-    "nabla_gfn": "jaxalign.methods.nabla_gfn",
-    "refl": "jaxalign.methods.reward_gradient:refl",
-    "sft": "jaxalign.methods.preference:sft",
-}
-# Those that train no weights. Their state is one row per image, their product that image's noise;
-# `train/inference.py` runs them.
-AT_INFERENCE = ("best_of_n", "dno")
+@functools.cache
+def own_methods() -> tuple[str, ...]:
+  """Names of the methods of this package: the files in `jaxalign/methods`."""
+  folder = importlib.util.find_spec("jaxalign.methods").submodule_search_locations
+  return tuple(sorted(m.name for m in pkgutil.iter_modules(folder) if not m.ispkg))
 
 
 def load_method(name: str):
-  """What offers method `name`.
+  """What offers method `name`: its `Config` and `make`.
 
   Raises:
     UserError: there is none of that name; or two packages add the same one.
   """
-  others = added("method", METHODS)
+  own = own_methods()
+  others = added("method", own)
   if name in others:
     return others[name].load()
-  if name not in METHODS:
+  if name not in own:
     raise UserError(f"method.name={name!r} is unknown; choose one of "
-                    f"{', '.join(sorted({*METHODS, *others}))}")
-  return resolve(METHODS[name])
+                    f"{', '.join(sorted({*own, *others}))}")
+  return importlib.import_module(f"jaxalign.methods.{name}")
 
 
 def resolve(path: str):

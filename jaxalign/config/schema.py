@@ -93,39 +93,55 @@ class DataConfig:
     check("data", self)
 
 
+OLD_FINALS = {"alpha0": "noisy", "one": "clean"}
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
   """The sampler, in training and in evaluation.
 
   Attributes:
     batch: trajectories per update, over all devices; pairs, for preference methods.
-    steps: denoising steps T. guidance: classifier-free guidance scale, 1 is off.
-    kind: "ddim", "ddpm", or "one_step" for one-step generators (steps 1, guidance 1). eta: ddim's
-      noise in [0, 1]. variance: ddpm's, "small" or "large". timestep: where a one-step generator is
-      told that its noise lies, 1 to 999; 0 takes the checkpoint's.
-    spacing: "leading", "trailing", "linspace", or empty for the checkpoint's.
-    final: "alpha0" (stochastic last step), "one", or empty for the checkpoint's.
+    steps: denoising steps T. guidance: classifier-free guidance scale; up to 1 is off.
+    kind: "ddim", "dpm2" (deterministic, second order), "ddpm" (variance-preserving models);
+      "flow_sde", "dance_sde", "cps" (flow-matching models); or "one_step" for one-step generators
+      (steps 1, guidance 1). eta: noise of ddim and cps in [0, 1], of the SDEs >= 0. variance:
+      ddpm's, "small" or "large". timestep: where a one-step generator is told that its noise lies,
+      1 to 999 (1000 on a flow); 0 takes the checkpoint's.
+    spacing: "leading", "trailing", "linspace", on a flow "linspace", "shifted_twice"; or empty for
+      the checkpoint's. shift: of a flow's levels; 0 takes the checkpoint's.
+    final: "noisy" (stochastic last step, to the smallest level of noise), "clean", "ode" (clean,
+      and no noise in the last step), or empty for the checkpoint's. "alpha0" and "one" are older
+      names of the first two.
     height, width: of the images in pixels; 0 for the size the checkpoint was made for.
   """
   batch: Count = 16
   steps: Count = 20
   guidance: NonNegative = 3.0
-  kind: Literal["ddim", "ddpm", "one_step"] = "ddim"
+  kind: Literal["ddim", "ddpm", "one_step", "flow_sde", "dance_sde", "cps", "dpm2"] = "ddim"
   timestep: Whole = 0
   eta: NonNegative = 1.0
   variance: Literal["small", "large"] = "small"
-  spacing: Literal["", "leading", "trailing", "linspace"] = ""
-  final: Literal["", "alpha0", "one"] = "alpha0"
+  spacing: Literal["", "leading", "trailing", "linspace", "shifted_twice"] = ""
+  shift: NonNegative = 0.0
+  final: Literal["", "noisy", "clean", "ode"] = "noisy"
   height: Whole = 0
   width: Whole = 0
 
   def __post_init__(self):
+    object.__setattr__(self, "final", OLD_FINALS.get(self.final, self.final))
     check("sample", self)
     if self.kind == "one_step" and (self.steps != 1 or self.guidance != 1.0):
       raise UserError(f"sample.kind='one_step' has sample.steps=1 and sample.guidance=1.0, not "
                       f"{self.steps} and {self.guidance}")
     if self.timestep and self.kind != "one_step":
       raise UserError(f"sample.timestep={self.timestep} is for sample.kind='one_step'")
+
+  @property
+  def transitions(self) -> dict:
+    """What `sampling.make_sampler` makes the transitions of, beside the schedule."""
+    return {name: getattr(self, name) for name in (
+        "steps", "kind", "eta", "spacing", "final", "variance", "timestep", "shift")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +277,7 @@ class Config:
     if self.data.cache and not self.reads_pairs:
       raise UserError(f"data.cache={self.data.cache}: method.name={self.method_name!r} reads no "
                       "pairs, which are all that is kept there")
-    if self.train.keep_best and self.method_name in registry.AT_INFERENCE:
+    if self.train.keep_best and self.at_inference:
       raise UserError(f"train.keep_best=True chooses among policies, and method.name="
                       f"{self.method_name!r} trains none")
     if self.sample.batch % self.group:
@@ -277,28 +293,32 @@ class Config:
   @property
   def parts(self) -> int:
     """Micro-batches that `sample.batch` is cut into."""
-    return getattr(self.method, "minibatches", 1) * self.optim.accumulate
+    return registry.need(self.method, "minibatches") * self.optim.accumulate
 
   @property
   def group(self) -> int:
     """Trajectories of each prompt in a batch, side by side; they stay in one micro-batch."""
-    return getattr(self.method, "group", 1)
+    return registry.need(self.method, "group")
+
+  @property
+  def at_inference(self) -> bool:
+    """Whether the method trains no weights, and each image's noise is its product."""
+    return registry.need(self.method, "at_inference")
 
   @property
   def trains_all(self) -> bool:
     """Whether all weights of the UNet are trained."""
-    return self.model.adapter == "full" and self.method_name not in registry.AT_INFERENCE
+    return self.model.adapter == "full" and not self.at_inference
 
   @property
   def merges_lora(self) -> bool:
     """Whether `model.lora` becomes part of the base model, for want of an adapter that trains."""
-    return bool(self.model.lora) and (self.model.adapter != "lora"
-                                      or self.method_name in registry.AT_INFERENCE)
+    return bool(self.model.lora) and (self.model.adapter != "lora" or self.at_inference)
 
   @property
   def reads_pairs(self) -> bool:
     """Whether the method trains on preference pairs: nothing is sampled and scored in training."""
-    return getattr(self.method, "reads_pairs", False)
+    return registry.need(self.method, "reads_pairs")
 
   def check_devices(self, shards: int) -> None:
     """Raises UserError unless every batch divides over `shards` shards of the batch axis."""

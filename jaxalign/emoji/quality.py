@@ -12,7 +12,7 @@ from jaxalign.emoji.drawings import COLOURS, STYLES, Drawings, caption, held_out
 from jaxalign.emoji.scorers import emoji_clip, emoji_judge
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.vae import decode_images
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
 STEPS, GUIDANCE, CHOICES = 20, 3.0, 20
 _BATCH = 64
@@ -26,12 +26,12 @@ def _program(unet, vae, scheduler: tuple, guidance: float):
   sampler = make_sampler(schedule, 1 if one else STEPS, kind="one_step" if one else "ddim", eta=0.0,
                          spacing="", final="", variance="small")
   denoise = lambda variables, x, t, cond: unet.apply(variables, x, t, cond["text"])
-  eps = guided_eps(denoise, schedule, 1.0 if one else guidance)
+  output = guided_output(denoise, 1.0 if one else guidance)
   size, channels = unet.config.sample_size, unet.config.in_channels
 
   @jax.jit
   def sample(params, conditioning, ids, key):
-    trajectory = rollout(eps, {"params": params["unet"]}, sampler, conditioning, key, ids,
+    trajectory = rollout(output, {"params": params["unet"]}, sampler, conditioning, key, ids,
                          (size, size, channels))
     return decode_images(vae, params["vae"], trajectory.final)
   return sample

@@ -1,16 +1,26 @@
-"""Alignment methods: what they are given, what they return, and their names.
+"""Alignment methods: what they are given, what they return, and what they need.
 
-A method is a record of pure functions in one file of this folder. It sees `Models` (static
-functions and the sampler) and trees of arrays, never a network class, a mesh or a file.
+A method is a file of this folder, found by being there, whose name is the method's. It offers
+`Config`, a dataclass of its keys, and `make(models, cfg, optim) -> Method`, a record of pure
+functions. It sees `Models` (static functions and the sampler) and trees of arrays, never a network
+class, a mesh or a file. What several methods are made of lies in `shared/`.
 
-Other packages add methods that train weights through the entry point group `jaxalign.methods`; each
-entry point names what offers `Config` and `make`, a module or an object in one.
+What a method needs is said by its `Config`, in attributes that are no keys (see `NEEDS` in
+`jaxalign.config.registry`), so that it is known before any model is loaded.
+
+Other packages add methods through the entry point group `jaxalign.methods`; each entry point names
+what offers `Config` and `make`, a module or an object in one.
 """
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxalign.sampling import Sampler, Schedule
+import numpy as np
+
+from jaxalign import sampling
+from jaxalign.config import registry
+from jaxalign.errors import UserError
+from jaxalign.sampling import Sampler, Schedule, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +36,8 @@ class Models:
 
   Attributes:
     denoise: `(variables, x_t [B,...], t [] or [B], cond) -> prediction [B,...]`.
-    schedule: converts predictions; sampler: the transitions; guidance: scale used in sampling and
-      in losses; latent_shape: `(h, w, c)`.
+    schedule: the path, and what predictions mean; sampler: the transitions; guidance: scale used in
+      sampling and in losses; latent_shape: `(h, w, c)`.
     combine: `(policy | None, base) -> variables` for `denoise`; None switches the policy off and
       gives the reference.
     init_policy: `(key, frozen) -> policy`, the trainable part: LoRA factors (`frozen["adapter"]`
@@ -57,6 +67,28 @@ class Models:
   decode_unclamped: Callable | None = None
   base_is_generator: bool = False
 
+  @property
+  def branches(self) -> int:
+    """Evaluations of the network that a guided one takes."""
+    return sampling.branches(self.guidance)
+
+  def output(self, policy, frozen, x, t, conditioning):
+    """The guided output `[B, ...]` f32 of the policy's network, of the reference's for None.
+
+    `t` is a time, scalar or `[B]`: at step k of the sampler `sampler.at("timesteps", k)`.
+    """
+    run = sampling.guided_output(self.denoise, self.guidance)
+    return run(self.combine(policy, frozen["base"]), x, t, conditioning)
+
+  def rollout(self, policy, frozen, batch, key, **options) -> Trajectory:
+    """Trajectories of the policy, of the reference for None, with the samples of a batch.
+
+    `options` are those of `sampling.rollout`.
+    """
+    return sampling.rollout(
+        sampling.guided_output(self.denoise, self.guidance), self.combine(policy, frozen["base"]),
+        self.sampler, batch["conditioning"], key, batch["sample_ids"], self.latent_shape, **options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -76,11 +108,11 @@ class Method:
       named `group/name`. Without a `final`, rewards are None.
     product: `(state) -> policy tree` to evaluate and export.
 
-  At inference (`AT_INFERENCE`) every array of the state has the batch as its leading axis, scalars
-  aside, and no row depends on another. What is to be scored are the experience's `images`, n of
-  each row side by side (none if `update` scores), and `rewards` has as many entries; the metrics
-  are `{name: [B]}`; `product` gives the noise `[B, 1+T, h, w, c]` of the resulting images. The key
-  of `init` is that of the evaluation's noise.
+  Where the config has `at_inference`, every array of the state has the batch as its leading axis,
+  scalars aside, and no row depends on another. What is to be scored are the experience's `images`,
+  n of each row side by side (none if `update` scores), and `rewards` has as many entries; the
+  metrics are `{name: [B]}`; `product` gives the noise `[B, 1+T, h, w, c]` of the resulting images.
+  The key of `init` is that of the evaluation's noise.
     cost: `(batch size) -> ` counts per update: denoiser_forward, denoiser_backward, decodes,
       reward_queries, reward_gradients (evaluations of one sample and one guidance branch).
     tilt: `(state) -> beta`, in 1 / reward units, where the method's target is `p_ref exp(beta R)`.
@@ -91,3 +123,21 @@ class Method:
   product: Callable
   cost: Callable
   tilt: Callable | None = None
+
+
+def make(name: str, models: Models, cfg, optim) -> Method:
+  """The method `name` on these models.
+
+  Args:
+    cfg: its `Config`. optim: `config.schema.OptimConfig`.
+  Raises:
+    UserError: the models lack what the method needs, or cannot be trained by it.
+  """
+  if registry.need(cfg, "reward_gradients") and models.score is None:
+    instead = registry.need(cfg, "without_gradients") or "choose differentiable rewards"
+    raise UserError(f"method.name={name!r} needs reward gradients, and reward.names holds a "
+                    f"black-box reward; {instead}")
+  if registry.need(cfg, "noise_at_every_step") and not np.all(models.sampler.std > 0):
+    raise UserError(f"method.name={name!r} needs noise at every step: set sample.eta > 0, "
+                    "sample.final='noisy' and a sample.kind that has noise")
+  return registry.load_method(name).make(models, cfg, optim)

@@ -20,7 +20,7 @@ import dataclasses
 from typing import Annotated, Any
 
 from jaxalign.config.fields import Count, Range, Whole
-from jaxalign.methods import policy_gradient
+from jaxalign.methods.shared import policy_gradient
 
 make = policy_gradient.make
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jaxalign.config.fields import check
 from jaxalign.config.schema import OptimConfig
 from jaxalign.methods import Method, Models
-from jaxalign.methods.noise import draw, generate
+from jaxalign.methods.shared.noise import draw, generate
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """The `method` group has no keys: N - 1 is `train.steps`."""
+  at_inference = True
 
   def __post_init__(self):
     check("method", self)
@@ -55,9 +56,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
 def cost(models: Models, batch: int) -> dict[str, int]:
   """Evaluations per update of one sample and one guidance branch."""
-  branches = 1 if models.guidance == 1.0 else 2
-  return {"denoiser_forward": batch * models.sampler.steps * branches, "denoiser_backward": 0,
-          "decodes": batch, "reward_queries": batch, "reward_gradients": 0}
+  return {"denoiser_forward": batch * models.sampler.steps * models.branches,
+          "denoiser_backward": 0, "decodes": batch, "reward_queries": batch, "reward_gradients": 0}
 
 
 def equal_candidates(models: Models, spent: dict[str, float], images: int) -> int:

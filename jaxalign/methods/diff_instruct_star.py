@@ -5,7 +5,7 @@ that learns the generator's own scores, and the teacher, the frozen multi-step m
 
   repeat K times:                                                                     (assistant)
     x_0 = sg[g(z, c)];  x_t = a x_0 + s e
-    psi <- Adam on |eps_psi(x_t, t, c) - e|^2
+    psi <- Adam on |psi(x_t, t, c) - target|^2, the target what the network outputs
   x_0 = g(z, c);  x_t = a x_0 + s e                                                   (generator)
   y = eps_ref(x_t) - eps_psi(x_t);  r = e - eps_psi(x_t)          guided teacher; scores, times s
   L = w(t) [-d'(y) . r + (full: d(y))] - alpha R(decode(x_0), c)
@@ -33,9 +33,8 @@ from jaxalign.config.schema import OptimConfig
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import Learner, make_optimizer
-from jaxalign.sampling import guided, initial_noise, rollout
-from jaxalign.sampling.schedule import expand
+from jaxalign.methods.shared.optimizer import Learner, make_optimizer
+from jaxalign.sampling import branches, expand, guided, initial_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +49,19 @@ class Config:
     gradient_alpha: of "alpha": 0 is detached, 1 is full; for l2 in space "x0", SiD's alpha is
       `1 - gradient_alpha / 2`, so that its 1.2 is -0.4.
     space: unit of y: "eps", "score" (eps / s) or "x0" (eps s / a).
-    weight: w(t): "constant"; "edm", `1 / s^2`, EDM's for errors of x_0 where latents have unit
-      spread; "half_dsigma2", for space "score": with gradient "full" and l2 the divergence is then
-      the KL of clean samples; "dmd_norm", one over the mean of `|x_0 - x0_ref|` of each sample,
-      `x0_ref` the guided teacher's clean estimate: SiD's and DMD's, with space "x0".
+    weight: w(t): "constant"; "edm", `(a^2 + s^2) / s^2`, EDM's for errors of x_0 where latents
+      have unit spread; "half_dsigma2", for space "score": with gradient "full" and l2 the
+      divergence is then the KL of clean samples; "dmd_norm", one over the mean of `|x_0 - x0_ref|`
+      of each sample, `x0_ref` the guided teacher's clean estimate: SiD's and DMD's, with space
+      "x0".
     guidance: scale of the teacher, 1 is off. guidance_in: whether it is inside y (else its
       difference is a term of its own).
     reward: alpha >= 0; 0 distils. ratio: alpha is not raw but the wanted ratio of the norms of
       both terms' gradients in x_0.
     assistant_steps: K. assistant_lr: learning rate of the assistant, otherwise as `optim`.
     warmup: updates at the beginning that train the assistant only.
-    t_min, t_max: training timesteps of x_t, uniform in [t_min, t_max].
+    t_min, t_max: levels of x_t, uniform over the training levels of these indices: timesteps of a
+      trained schedule, `1000 sigma` before its shift on a flow.
     ratio_decay: of the moving average of these norms.
   """
   divergence: Literal["pseudo_huber", "l2", "kl"] = "pseudo_huber"
@@ -79,6 +80,10 @@ class Config:
   t_min: Whole = 20
   t_max: Whole = 979
   ratio_decay: Fraction = 0.9
+
+  @property
+  def reward_gradients(self) -> bool:
+    return self.reward > 0
 
   def __post_init__(self):
     check("method", self)
@@ -165,26 +170,26 @@ def pseudo_loss(cfg: Config, x_0, point: Point, assistant, reference):
   return weight * loss, jax.lax.stop_gradient((distance, square / x_0[0].size))
 
 
-def time_weights(cfg: Config, alphas_cumprod: np.ndarray) -> np.ndarray:
-  """w(t) for every training timestep, f64; 1 where it depends on the sample ("dmd_norm").
+def time_weights(cfg: Config, a: np.ndarray, s: np.ndarray) -> np.ndarray:
+  """w(t) for every training level `(a, s)`, f64; 1 where it depends on the sample ("dmd_norm").
 
-  "half_dsigma2" turns the mean over uniform t into `1/2 int d(sigma^2)` over variance-exploding
+  "half_dsigma2" turns the mean over levels into `1/2 int d(sigma^2)` over variance-exploding
   levels `sigma = s / a`, whose scores are `a` times those of x_t.
   """
   if cfg.weight in ("constant", "dmd_norm"):
-    return np.ones_like(alphas_cumprod)
-  if cfg.weight == "edm":
-    return 1 / (1 - alphas_cumprod)
-  sigma2 = (1 - alphas_cumprod) / alphas_cumprod
-  return 0.5 * alphas_cumprod * np.gradient(sigma2) * (cfg.t_max - cfg.t_min + 1)
+    return np.ones_like(a)
+  with np.errstate(divide="ignore", invalid="ignore"):   # at the ends, which t_min, t_max avoid
+    if cfg.weight == "edm":
+      return (np.square(a) + np.square(s)) / np.square(s)
+    return 0.5 * np.square(a) * np.gradient(np.square(s / a)) * (cfg.t_max - cfg.t_min + 1)
 
 
 def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """Diff-Instruct* as a Method.
 
   Raises:
-    UserError: a sampler of several steps, a black-box reward, no teacher for a model that is a
-      generator already, or timesteps beyond the schedule.
+    UserError: a sampler of several steps, no teacher for a model that is a generator already, or
+      levels beyond the schedule, or where the loss is infinite.
   """
   schedule, sampler = models.schedule, models.sampler
   if sampler.steps != 1:
@@ -194,47 +199,46 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     raise UserError("model.teacher is empty, and the model itself, a one-step generator or one "
                     "with the weights of model.unet, cannot be its own teacher: name the "
                     "multi-step model that it was distilled from")
-  if cfg.reward and models.score is None:
-    raise UserError("method.name: diff_instruct_star needs reward gradients, and reward.names "
-                    "holds a black-box reward; choose differentiable rewards")
-  if cfg.t_max >= len(schedule.alphas_cumprod):
-    raise UserError(f"method.t_max={cfg.t_max} is outside the {len(schedule.alphas_cumprod)} steps "
-                    "of the schedule")
+  times = schedule.times
+  if cfg.t_max >= len(times):
+    raise UserError(f"method.t_max={cfg.t_max} is outside the {len(times)} levels of the schedule")
   if optim.accumulate != 1:
     raise UserError("optim.accumulate is 1 for diff_instruct_star, which takes no micro-batches")
-  weights = jnp.asarray(time_weights(cfg, schedule.alphas_cumprod), jnp.float32)
+  levels = schedule.training_levels
+  weights = time_weights(cfg, *levels)
+  used = np.append(levels, weights[None], 0)[:, cfg.t_min:cfg.t_max + 1]
+  if not np.all((used > 0) & np.isfinite(used)):
+    raise UserError(f"method.t_min={cfg.t_min} and method.t_max={cfg.t_max} take in a level "
+                    "without noise or without data, where scores are infinite; leave out the ends")
+  weights = jnp.asarray(weights, jnp.float32)
   learner = Learner(optim)
   assistant_optimizer = make_optimizer(dataclasses.replace(
       optim, lr=cfg.assistant_lr, decay_steps=optim.decay_steps * cfg.assistant_steps))
-  plain, teacher = guided(models.denoise, 1.0), guided(models.denoise, cfg.guidance)
-  teacher_of = lambda frozen: frozen.get("teacher", frozen["base"])
+  teacher = guided(models.denoise, cfg.guidance)
+  # The multi-step model, in the place of the base of what is made of it.
+  teacher_of = lambda frozen: {"base": frozen.get("teacher", frozen["base"])}
 
   def generate(policy, frozen, z, conditioning):
-    variables = models.combine(policy, frozen["base"])
-    t = sampler.at("timesteps", 0)
-    prediction = models.denoise(variables, z, t, conditioning.cond).astype(jnp.float32)
-    return sampler.mean(0, z, schedule.to_eps(prediction, z, t))
+    out = models.output(policy, frozen, z, sampler.at("timesteps", 0), conditioning)
+    return sampler.mean(0, z, out)
 
   def draw(key, ids):
-    """Timesteps, noise and weights of a batch, per sample."""
+    """Times, noise and weights of a batch, per sample."""
     keys = rng.per_sample(key, ids)
-    t = jax.vmap(lambda k: jax.random.randint(
+    level = jax.vmap(lambda k: jax.random.randint(
         jax.random.fold_in(k, 1), (), cfg.t_min, cfg.t_max + 1))(keys)
-    abar = schedule.abar(t)
-    return t, Point(rng.normal_per_sample(keys, models.latent_shape, 2), jnp.sqrt(abar),
-                    jnp.sqrt(1 - abar), weights[t])
+    t = jnp.asarray(times, jnp.float32)[level]
+    return t, Point(rng.normal_per_sample(keys, models.latent_shape, 2), *schedule.levels(t),
+                    weights[level])
 
   def init(key, frozen, batch):
     k_policy, k_assistant = jax.random.split(key)
-    assistant = models.init_policy(k_assistant, {"base": teacher_of(frozen)})
+    assistant = models.init_policy(k_assistant, teacher_of(frozen))
     return {**learner.init(models.init_policy(k_policy, frozen)), "assistant": assistant,
             "assistant_optimizer": assistant_optimizer.init(assistant), "norms": jnp.zeros(2)}
 
   def collect(state, frozen, batch, key):
-    eps = lambda params, x, t, conditioning: schedule.to_eps(
-        plain(params, x, t, conditioning).combined.astype(jnp.float32), x, t)
-    trajectory = rollout(eps, models.combine(state["policy"], frozen["base"]), sampler,
-                         batch["conditioning"], key, batch["sample_ids"], models.latent_shape)
+    trajectory = models.rollout(state["policy"], frozen, batch, key)
     return {"final": trajectory.final, "z": trajectory.latents[0], "batch": batch}
 
   def train_assistant(state, frozen, batch, key):
@@ -246,9 +250,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     x_t = schedule.add_noise(x_0, point.noise, t)
 
     def loss(assistant):
-      variables = models.combine(assistant, teacher_of(frozen))
-      prediction = models.denoise(variables, x_t, t, conditioning.cond).astype(jnp.float32)
-      return jnp.square(prediction - schedule.from_eps(point.noise, x_t, t)).mean()
+      out = models.output(assistant, teacher_of(frozen), x_t, t, conditioning)
+      return jnp.square(out - schedule.target(x_0, point.noise, t)).mean()
     value, gradient = jax.value_and_grad(loss)(state["assistant"])
     updates, opt = assistant_optimizer.update(
         gradient, state["assistant_optimizer"], state["assistant"])
@@ -259,12 +262,13 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     """Gradients in x_0 of divergence and of minus the reward, and metrics."""
     conditioning = batch["conditioning"]
     t, point = draw(key, batch["sample_ids"])
-    eps_of = lambda prediction, x_t: schedule.to_eps(prediction.astype(jnp.float32), x_t, t)
-    own = models.combine(state["assistant"], teacher_of(frozen))
-    base = models.combine(None, teacher_of(frozen))
-    assistant = lambda x_t: eps_of(plain(own, x_t, t, conditioning).combined, x_t)
+    eps_of = lambda out, x_t: schedule.to_eps(out.astype(jnp.float32), x_t, t)
+    multi_step = teacher_of(frozen)
+    base = models.combine(None, multi_step["base"])
+    assistant = lambda x_t: eps_of(
+        models.output(state["assistant"], multi_step, x_t, t, conditioning), x_t)
     reference = lambda x_t: jax.tree.map(
-        lambda prediction: eps_of(prediction, x_t), teacher(base, x_t, t, conditioning))
+        lambda out: eps_of(out, x_t), teacher(base, x_t, t, conditioning))
 
     def divergence(x_0):
       loss, logs = pseudo_loss(cfg, x_0, point, assistant, reference)
@@ -315,9 +319,9 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
 def cost(cfg: Config, batch: int) -> dict[str, int]:
   """Evaluations per update of one sample and one guidance branch."""
-  branches = 1 if cfg.guidance == 1.0 else 2
+  views = branches(cfg.guidance)
   kl, rewarded = cfg.divergence == "kl", int(cfg.reward > 0)
-  return {"denoiser_forward": batch * (2 * cfg.assistant_steps + 3 + branches),
-          "denoiser_backward": batch * (cfg.assistant_steps + 1 + (0 if kl else 1 + branches)),
+  return {"denoiser_forward": batch * (2 * cfg.assistant_steps + 3 + views),
+          "denoiser_backward": batch * (cfg.assistant_steps + 1 + (0 if kl else 1 + views)),
           "decodes": batch * rewarded, "reward_queries": batch * rewarded,
           "reward_gradients": batch * rewarded}

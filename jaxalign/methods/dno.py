@@ -12,7 +12,7 @@
 
 Without a regulariser and with plain steps of size l, n of them reach the KL-tilted optimum
 `p exp(n l R)` for a linear reward and a linear sampler; a curved one is over-optimised if the climb
-goes on. What `S_i` sees is in `methods.noise`.
+goes on. What `S_i` sees is in `shared/noise.py`.
 
 Tang et al. 2024, "Inference-Time Alignment of Diffusion Models with Direct Noise Optimization",
 algorithm 1 and section 5 (estimators). Implemented from the paper.
@@ -31,7 +31,7 @@ from jaxalign.config.schema import OptimConfig
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
-from jaxalign.methods.noise import (
+from jaxalign.methods.shared.noise import (
   draw,
   generate,
   kl_from_start,
@@ -42,7 +42,7 @@ from jaxalign.methods.noise import (
   prno_per_vector,
   spectrum_score,
 )
-from jaxalign.methods.optimizer import learning_rate
+from jaxalign.methods.shared.optimizer import learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Config:
       `kl_from_start` and of `spectrum_score`. 0 is off.
     block, permutations: k, at most the size of one vector, and b of prno.
     clamp: score images in [0, 1]. False is the paper's form and lets pixels leave that range.
-    keep_best: the result is the best-scored noise of the run, otherwise the last.
+    keep_best: the result is the best-scored noise of the run, otherwise the last that was scored.
     min_p: noise whose `Prno.p` is below this is never kept as the best; 0 keeps any.
     rival: also take the best of N samples of each image at the same number of denoiser calls, and
       report them beside.
@@ -84,6 +84,14 @@ class Config:
   rival: bool = False
   patience: Whole = 0
   remat: Literal["full", "dots", "none"] = "full"
+
+  at_inference = True
+  without_gradients = ("choose method.gradient='hybrid2', 'hybrid1' or 'zo', or "
+                       "configs/best_of_n.py")
+
+  @property
+  def reward_gradients(self) -> bool:
+    return self.gradient == "first_order"
 
   def __post_init__(self):
     check("method", self)
@@ -188,12 +196,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """DNO as a Method at inference.
 
   Raises:
-    UserError: a black box without an estimator, blocks larger than a vector of noise, or optimiser
-      keys that mean nothing here.
+    UserError: blocks larger than a vector of noise, or optimiser keys that mean nothing here.
   """
-  if cfg.gradient == "first_order" and models.score is None:
-    raise UserError("method.gradient='first_order' needs a differentiable reward, and reward.names "
-                    "holds another; choose 'hybrid2', 'hybrid1' or 'zo', or configs/best_of_n.py")
   if optim.ema or optim.accumulate > 1:
     raise UserError("optim.ema and optim.accumulate are for weights; noise has neither an average "
                     "nor micro-batches (sample.batch is the number of images at a time)")
@@ -261,29 +265,28 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
     resting = (state["stale"] >= cfg.patience) & (cfg.patience > 0)
     better = (reward > state["best_reward"]) & (logs["noise/p"] >= cfg.min_p) & ~resting
-    best = jnp.where(per_row(better), z, state["best"])
+    kept = better if cfg.keep_best else jnp.isfinite(reward) & ~resting
+    best = jnp.where(per_row(kept), z, state["best"])
     best_reward = jnp.where(better, reward, state["best_reward"])
 
     step, opt_state = optimizer.update(-gradient, state["optimizer"], z)
     moves = jnp.isfinite(size) & jnp.isfinite(reward) & ~resting
     state = dict(
         state, z=jnp.where(per_row(moves), z + step, z), optimizer=opt_state, best=best,
-        best_reward=best_reward, best_step=jnp.where(better, updates, state["best_step"]),
+        best_reward=best_reward, best_step=jnp.where(kept, updates, state["best_step"]),
         stale=jnp.where(better, 0, state["stale"] + 1), updates=updates + 1)
     return state, {"loss/total": -(reward + score), "train/reward": reward,
                    "train/best_reward": best_reward, "train/grad_norm": size,
                    "train/active": moves.astype(jnp.float32), **logs}
 
-  def product(state):
-    return complete(state, state["best"] if cfg.keep_best else state["z"])
-
-  return Method(init=init, collect=collect, update=update, product=product,
+  return Method(init=init, collect=collect, update=update,
+                product=lambda state: complete(state, state["best"]),
                 cost=lambda batch: cost(models, cfg, batch))
 
 
 def cost(models: Models, cfg: Config, batch: int) -> dict[str, int]:
   """Evaluations per update of one sample and one guidance branch."""
-  calls = batch * models.sampler.steps * (1 if models.guidance == 1.0 else 2)
+  calls = batch * models.sampler.steps * models.branches
   first_order = cfg.gradient == "first_order"
   backward = int(cfg.gradient != "zo")
   samples = backward                                  # what is differentiated is sampled anew

@@ -13,11 +13,11 @@ One update:
   forward : || grad_x' log P_theta/P_ref - h(x') ||^2         -> theta
   reverse : || grad_x  log P_theta/P_ref + h(x)  ||^2         -> phi
   terminal: || g_phi(x_N) ||^2                                -> phi
-  prox    : lambda || eps_theta - eps_at_sampling ||^2        -> theta
+  prox    : lambda || o_theta - o_at_sampling ||^2            -> theta
 
-With equal-variance Gaussian transitions the forward residual is `-lam_k (eps_theta - eps_ref)`,
-independent of x' (identity I1), so it is computed from noise estimates and never as the difference
-of two large scores.
+With equal-variance Gaussian transitions the forward residual is `-lam_k (o_theta - o_ref)`, o the
+network's output, independent of x' (identity I1), so it is computed from outputs and never as the
+difference of two large scores.
 """
 import dataclasses
 from typing import Any, Literal
@@ -31,8 +31,8 @@ from jaxalign.config.fields import Count, Fraction, NonNegative, check
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import accumulated_gradients, ema_update, make_optimizer
-from jaxalign.sampling import expand, guided_eps, rollout
+from jaxalign.methods.shared.optimizer import accumulated_gradients, ema_update, make_optimizer
+from jaxalign.sampling import expand, pull_back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Config:
     beta: reward strength, > 0 to raise and < 0 to lower the reward; in `beta_unit`.
     beta_unit: "sigma" (beta is divided by the reward's within-prompt standard deviation on the base
       model) or "raw".
-    weighting: of the squared forward residual: "eps" (divided by lam_k^2, even over the steps),
+    weighting: of the squared forward residual: "eps" (divided by lam_k^2, even over the steps: the
+      unit is that of the network's output),
       "score" (as printed in the paper; 99 % of it on the last two steps) or "std" (times std_k^2).
     reverse: estimator of the reverse loss, which trains the flow net only: "off", "lean"
       (its expectation, one Jacobian product of the reference) or "sampled".
@@ -52,8 +53,8 @@ class Config:
       forward + prox.
     flow_target_stopgrad: whether the forward loss leaves g_phi alone. False biases g_phi.
     flow_lr, flow_weight_decay: optimiser of g_phi.
-    gamma: factor of the forward-looking guess at noise level abar: "one", "sqrt_abar", "abar". At
-      the output, where the guess is the reward gradient itself, it is 1.
+    gamma: factor of the forward-looking guess at level alpha: "one", "sqrt_abar" (alpha itself) or
+      "abar" (its square). At the output, where the guess is the reward gradient itself, it is 1.
     x0_net: network of the one-step estimate in the guess: "ref", or "theta" (the policy, as in the
       paper; with gamma "one" its slope feeds back into its own target and can diverge).
     reward_grad: "onestep" (through the denoiser at every chosen transition) or "final_latent" (one
@@ -61,9 +62,9 @@ class Config:
     perturbations, perturb_std: average the reward gradient over this many copies of x0_hat with
       noise of this standard deviation added, in latent units.
     grad_cap_quantile: cap norms of reward gradients at this running quantile; 0 is off.
-    prox: lambda >= 0 of the output regularisation, per mean squared difference of noise estimates
-      to those at sampling. It acts from the second optimiser step on a batch of trajectories, so it
-      needs `minibatches` > 1 or `replay_lag` 1.
+    prox: lambda >= 0 of the output regularisation, per mean squared difference of the network's
+      outputs to those at sampling. It acts from the second optimiser step on a batch of
+      trajectories, so it needs `minibatches` > 1 or `replay_lag` 1.
     replay_lag: 0 trains on the fresh trajectories, 1 on those of the update before.
     strata: transitions drawn per trajectory, one from each of this many equal ranges of steps.
     always_final: whether the last transition is trained on besides.
@@ -99,6 +100,9 @@ class Config:
   optimizer_repeats: Count = 1
   train_last_reverse: bool = True
 
+  reward_gradients = True
+  noise_at_every_step = True
+
   def __post_init__(self):
     check("method", self)
     if self.reverse != "off" and not self.flow:
@@ -131,9 +135,9 @@ def choose_steps(key, batch: int, steps: int, strata: int):
   return jax.random.randint(key, (strata, batch), low, high)
 
 
-def gamma_at(kind: str, abar):
-  """Factor of the forward-looking guess at noise level `abar`."""
-  return {"one": jnp.ones_like(abar), "sqrt_abar": jnp.sqrt(abar), "abar": abar}[kind]
+def gamma_at(kind: str, alpha):
+  """Factor of the forward-looking guess at level `alpha`."""
+  return {"one": jnp.ones_like(alpha), "sqrt_abar": alpha, "abar": jnp.square(alpha)}[kind]
 
 
 def cap_norms(gradients, cap):
@@ -156,14 +160,12 @@ def value_gradient(models: Models, cfg: Config, policy, frozen, x, t, at_end, ro
       prompt.
     cap: scalar, largest allowed norm of the raw reward gradient.
   """
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
-  variables = models.combine(policy if cfg.x0_net == "theta" else None, frozen["base"])
-
   def estimate(x):
     if at_end is True:
       return x
-    eps = eps_fn(variables, x, t, rows["conditioning"])
-    return jnp.where(expand(at_end, x), x, models.schedule.to_x0(eps, x, t))
+    out = models.output(policy if cfg.x0_net == "theta" else None, frozen, x, t,
+                        rows["conditioning"])
+    return jnp.where(expand(at_end, x), x, models.schedule.to_x0(out, x, t))
 
   def reward(x0):
     def one(key):
@@ -172,24 +174,24 @@ def value_gradient(models: Models, cfg: Config, policy, frozen, x, t, at_end, ro
       return models.score(frozen["reward"], images, rows["prepared"]).sum()
     return sum(one(k) for k in jax.random.split(key, cfg.perturbations)) / cfg.perturbations
 
-  x0, pull_back = jax.vjp(estimate, x)
-  gradient, = pull_back(jax.grad(reward)(x0))
+  x0, to_x = jax.vjp(estimate, x)
+  gradient, = to_x(jax.grad(reward)(x0))
   gradient, norms = cap_norms(gradient, cap)
-  gamma = jnp.where(at_end, 1.0, gamma_at(cfg.gamma, models.schedule.abar(t)))
+  gamma = jnp.where(at_end, 1.0, gamma_at(cfg.gamma, models.schedule.levels(t)[0]))
   return expand(gamma, x) * gradient, norms
 
 
-def forward_residual(sampler, k, eps, eps_ref, x_k, x_next, h, pretrained_strength=1.0):
-  """Forward residual divided by `-lam_k`, i.e. in units of noise estimates, `[R, ...]`.
+def forward_residual(sampler, k, out, out_ref, x_k, x_next, h, pretrained_strength=1.0):
+  """Forward residual divided by `-lam_k`, i.e. in units of the network's output, `[R, ...]`.
 
-  `(eps_theta - eps_ref) + h(x') / lam_k`, plus what is left of the reference score when it is
+  `(o_theta - o_ref) + h(x') / lam_k`, plus what is left of the reference score when it is
   scaled by `pretrained_strength != 1`. Multiply by `lam_k` for score units.
   """
   lam = expand(sampler.at("lam", k), x_k)
-  residual = eps - eps_ref + h / lam
+  residual = out - out_ref + h / lam
   if pretrained_strength != 1.0:
     std = expand(sampler.at("std", k), x_k)
-    score_ref = -(x_next - sampler.mean(k, x_k, eps_ref)) / jnp.square(std)
+    score_ref = -(x_next - sampler.mean(k, x_k, out_ref)) / jnp.square(std)
     residual = residual - (1 - pretrained_strength) * score_ref / lam
   return residual
 
@@ -200,20 +202,17 @@ def reverse_score(models: Models, cfg: Config, policy, frozen, k, x_k, x_next, c
   "sampled": from the drawn x_{k+1}, through both Jacobians. "lean": its expectation over x_{k+1},
   `-J_ref^T (mu_theta - mu_ref) / std^2`, with less variance and one Jacobian (identity I2).
   """
-  sampler = models.sampler
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
-  t = sampler.at("timesteps", k)
-  var = jnp.square(expand(sampler.at("std", k), x_k))
+  var = jnp.square(expand(models.sampler.at("std", k), x_k))
 
   def mean(policy):
-    variables = models.combine(policy, frozen["base"])
-    return jax.vjp(lambda x: sampler.mean(k, x, eps_fn(variables, x, t, conditioning)), x_k)
+    output = lambda params, x, t, conditioning: models.output(policy, frozen, x, t, conditioning)
+    (mu, _), pull = pull_back(output, (), models.sampler, k, x_k, conditioning)
+    return mu, lambda cotangent: pull((cotangent, jnp.zeros_like(cotangent)))[1]
   mu_ref, pull_ref = mean(None)
   mu, pull = mean(policy)
   if cfg.reverse == "lean":
-    return -pull_ref((mu - mu_ref) / var)[0]
-  return (pull((x_next - mu) / var)[0]
-          - cfg.pretrained_strength * pull_ref((x_next - mu_ref) / var)[0])
+    return -pull_ref((mu - mu_ref) / var)
+  return pull((x_next - mu) / var) - cfg.pretrained_strength * pull_ref((x_next - mu_ref) / var)
 
 
 def targets(models: Models, cfg: Config, trainable, frozen, beta, cap, rows, key, terminal: bool):
@@ -231,8 +230,8 @@ def targets(models: Models, cfg: Config, trainable, frozen, beta, cap, rows, key
   key_next, key_cur = jax.random.split(key)
   if cfg.reward_grad == "final_latent":
     guess, norms = rows["final_gradient"], rows["final_norm"]
-    abar_next = models.schedule.abar(sampler.at("next_timesteps", rows["k"]))
-    guess = guess * expand(jnp.where(at_end, 1.0, gamma_at(cfg.gamma, abar_next)), guess)
+    gamma = gamma_at(cfg.gamma, sampler.at("alpha_next", rows["k"]))
+    guess = guess * expand(jnp.where(at_end, 1.0, gamma), guess)
   else:
     t_next = sampler.at("next_timesteps", rows["k"])
     guess, norms = value_gradient(models, cfg, policy, frozen, rows["x_next"], t_next, at_end, rows,
@@ -253,7 +252,7 @@ def loss(models: Models, cfg: Config, trainable, frozen, rows):
 
   Args:
     trainable: `{"policy", "flow"}`; `flow` is {} without a flow net.
-    rows: transitions with their `targets`, and `eps_old [R, ...]`, the noise estimates at sampling.
+    rows: transitions with their `targets`, and `out_old [R, ...]`, the outputs at sampling.
   Returns:
     Scalar f32: mean over rows of the mean over latent elements. At initialisation (policy off, g =
     0) it is the mean of `(h / lam)^2` in eps weighting, and 0 for beta = 0. Metrics: the parts, and
@@ -263,11 +262,9 @@ def loss(models: Models, cfg: Config, trainable, frozen, rows):
   t, t_next = sampler.at("timesteps", k), sampler.at("next_timesteps", k)
   last = k == sampler.steps - 1
   axes = tuple(range(1, rows["x_k"].ndim))
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
   cond = rows["conditioning"]
-  eps_ref = jax.lax.stop_gradient(
-      eps_fn(models.combine(None, frozen["base"]), rows["x_k"], t, cond))
-  eps = eps_fn(models.combine(trainable["policy"], frozen["base"]), rows["x_k"], t, cond)
+  out_ref = jax.lax.stop_gradient(models.output(None, frozen, rows["x_k"], t, cond))
+  out = models.output(trainable["policy"], frozen, rows["x_k"], t, cond)
 
   h = rows["guess_next"]
   parts = {}
@@ -277,10 +274,10 @@ def loss(models: Models, cfg: Config, trainable, frozen, rows):
     h = h + jnp.where(expand(last, h), 0.0, g_target)     # the value at the output is R itself
     parts["terminal"] = jnp.where(last, jnp.square(g_next).mean(axes), 0.0).sum() / jnp.maximum(
         last.sum(), 1)
-  residual = forward_residual(sampler, k, eps, eps_ref, rows["x_k"], rows["x_next"], h,
+  residual = forward_residual(sampler, k, out, out_ref, rows["x_k"], rows["x_next"], h,
                               cfg.pretrained_strength)
-  lam, std = sampler.at("lam", k), sampler.at("std", k)
-  weight = {"eps": jnp.ones_like(lam), "score": jnp.square(lam), "std": jnp.square(lam * std)}
+  lam, rate = sampler.at("lam", k), sampler.at("rate", k)
+  weight = {"eps": jnp.ones_like(lam), "score": jnp.square(lam), "std": jnp.square(rate)}
   parts["forward"] = (weight[cfg.weighting] * jnp.square(residual).mean(axes)).mean()
   if cfg.reverse != "off":
     g_cur = models.flow.apply(trainable["flow"], rows["x_k"], t, cond.cond)
@@ -288,9 +285,9 @@ def loss(models: Models, cfg: Config, trainable, frozen, rows):
     if not cfg.train_last_reverse:
       error = jnp.where(last, 0.0, error)
     parts["reverse"] = cfg.reverse_weight * error.mean()
-  parts["prox"] = cfg.prox * jnp.square(eps - rows["eps_old"]).mean()
+  parts["prox"] = cfg.prox * jnp.square(out - rows["out_old"]).mean()
   total = sum(parts.values())
-  path_kl = 0.5 * jnp.square(std * lam) * jnp.square(eps - eps_ref).sum(axes)
+  path_kl = 0.5 * jnp.square(rate) * jnp.square(out - out_ref).sum(axes)
   return total, dict({f"loss/{name}": value for name, value in parts.items()}, path_kl=path_kl)
 
 
@@ -303,7 +300,7 @@ def transitions(experience, steps):
       "k": k,
       "x_k": pick(experience["latents"], k),
       "x_next": pick(experience["latents"], k + 1),
-      "eps_old": pick(experience["eps"], k),
+      "out_old": pick(experience["out"], k),
       "conditioning": jax.tree.map(repeat, batch["conditioning"]),
       "prepared": jax.tree.map(repeat, batch["prepared"]),
   }
@@ -313,21 +310,14 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """nabla-GFlowNet as a Method.
 
   Raises:
-    UserError: black-box reward, a sampler without noise at some step, or a missing flow network.
+    UserError: fewer steps than strata, or a missing flow network.
   """
   sampler = models.sampler
-  if models.score is None:
-    raise UserError("method.name='nabla_gfn' needs reward gradients, and reward.names holds a "
-                    "black-box reward; choose differentiable rewards")
-  if not np.all(sampler.std > 0):
-    raise UserError("method.name='nabla_gfn' needs noise at every step: set sample.eta > 0 and "
-                    "sample.final='alpha0'")
   if cfg.strata > sampler.steps:
     raise UserError(f"method.strata={cfg.strata} exceeds sample.steps={sampler.steps}")
   if cfg.flow and models.flow is None:
     raise UserError("method.flow=True, but this model offers no flow network")
   beta_raw = cfg.beta / models.reward_std if cfg.beta_unit == "sigma" else cfg.beta
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
   labels = {"policy": "policy", "flow": "flow"}
   optimizer = optax.partition({
       "policy": make_optimizer(optim),
@@ -354,12 +344,10 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     return state
 
   def collect(state, frozen, batch, key):
-    variables = models.combine(state["trainable"]["policy"], frozen["base"])
-    trajectory = rollout(eps_fn, variables, sampler, batch["conditioning"], key,
-                         batch["sample_ids"], models.latent_shape)
+    trajectory = models.rollout(state["trainable"]["policy"], frozen, batch, key)
     # The batch leads every array, so that an experience is sharded and replayed as one.
     return {"final": trajectory.final, "latents": jnp.moveaxis(trajectory.latents, 0, 1),
-            "eps": jnp.moveaxis(trajectory.eps, 0, 1), "batch": batch}
+            "out": jnp.moveaxis(trajectory.out, 0, 1), "batch": batch}
 
   def step(state, frozen, rows, key):
     """One optimiser step on the transitions of some trajectories, rows `[b, S, ...]`."""
@@ -449,7 +437,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
 def cost(models: Models, cfg: Config, batch: int) -> dict[str, int]:
   """Evaluations per update of one sample and one guidance branch, for `batch` trajectories."""
-  branches = 1 if models.guidance == 1.0 else 2
+  branches = models.branches
   inner, rows = batch * cfg.strata, batch * (cfg.strata + cfg.always_final)
   forward = batch * models.sampler.steps + 2 * rows
   backward = rows

@@ -66,29 +66,29 @@ def frechet_with_floor(tuned, base_a, base_b) -> dict:
           "n": len(tuned)}
 
 
-def gaussian_path_kl(delta_eps_sq_sums, sigma, lam):
+def gaussian_path_kl(gaps, sigma, lam):
   """KL(tuned path || base path) of each trajectory, for samplers with Gaussian steps.
 
-    sum_k 1/2 s_k^2 lambda_k^2 ||eps_tuned - eps_base||_k^2
+    sum_k 1/2 s_k^2 lambda_k^2 ||o_tuned - o_base||_k^2
 
   Averaged over trajectories **of the tuned policy** it is the KL between the two path measures, an
   upper bound of the KL between the images.
 
   Args:
-    delta_eps_sq_sums: `[T,B]` sums (not means) over h, w, c of the squared difference between the
-      noise predictions that both policies make at the same x_k.
+    gaps: `[T,B]` sums (not means) over h, w, c of the squared difference between the outputs that
+      both networks have at the same x_k.
     sigma: `[T]` > 0, standard deviation s_k of each transition (no deterministic step).
-    lam: `[T]`, lambda_k, which turns a difference in eps into one in score:
-      (mu_tuned - mu_base) / s_k^2 = -lambda_k (eps_tuned - eps_base).
+    lam: `[T]`, lambda_k, which turns a difference of outputs into one in score:
+      (mu_tuned - mu_base) / s_k^2 = -lambda_k (o_tuned - o_base).
   Returns:
     `[B]` >= 0, in nats. Takes numpy or JAX arrays and stays what it was given.
   Reference: KL of Gaussians of equal variance, ||mu - mu'||^2 / (2 s^2), summed by the chain rule.
   """
-  steps = delta_eps_sq_sums.shape[:1]
-  if delta_eps_sq_sums.ndim != 2 or sigma.shape != steps or lam.shape != steps:
-    raise ValueError("delta_eps_sq_sums, sigma, lam must be [T,B], [T], [T], not "
-                     f"{delta_eps_sq_sums.shape}, {sigma.shape}, {lam.shape}")
-  return (0.5 * (sigma * lam)[:, None] ** 2 * delta_eps_sq_sums).sum(0)
+  steps = gaps.shape[:1]
+  if gaps.ndim != 2 or sigma.shape != steps or lam.shape != steps:
+    raise ValueError("gaps, sigma, lam must be [T,B], [T], [T], not "
+                     f"{gaps.shape}, {sigma.shape}, {lam.shape}")
+  return (0.5 * (sigma * lam)[:, None] ** 2 * gaps).sum(0)
 
 
 def _features(name, x):

@@ -185,9 +185,9 @@ def make(cfg: Config) -> Task:
   tokenizer, fixed = words.tokenizer(), latents.load()
   pipeline = Pipeline.build(model_configs(cfg, tokenizer, vae_config), tokenizer, {})
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  steps = len(schedule.alphas_cumprod)
   names, drawings, trained, held_out = world(cfg.artwork, cfg.subjects)
   shares = (cfg.single, cfg.several, 1 - cfg.single - cfg.several)
+  steps = len(schedule.times)
 
   def init(key):
     if cfg.init:
@@ -214,7 +214,7 @@ def make(cfg: Config) -> Task:
                                        tokenizer.length)
     dropped = jax.random.uniform(k_drop, (b, 1)) < cfg.caption_dropout
     # Evenly spread over time: a batch with few noisy images does not upset the next one's loss.
-    t = (jax.random.permutation(k_time, b) + jax.random.uniform(k_time, (b,))) * (steps / b)
+    t = (jnp.arange(b) + jax.random.uniform(k_time, (b,))) * (steps / b)
     return {"latents": z, "noise": jax.random.normal(k_noise, z.shape), "t": t.astype(jnp.int32),
             "tokens": jnp.where(dropped, tables["empty"], tokens)}
 
@@ -223,8 +223,7 @@ def make(cfg: Config) -> Task:
     x_t = schedule.add_noise(z, noise, t)
     cond = pipeline.encode_prompts({"text_encoder": params["text"]},
                                    {"text_encoder": batch["tokens"]})
-    gap = pipeline.denoise({"params": params["unet"]}, x_t, t, cond) - schedule.from_eps(
-        noise, x_t, t)
+    gap = pipeline.denoise({"params": params["unet"]}, x_t, t, cond) - schedule.target(z, noise, t)
     each = jnp.square(gap).mean((1, 2, 3))
     clean = (t < steps // 3).astype(jnp.float32)
     return each.mean(), {"train/loss": each.mean(),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from jaxalign import pretrain, viz
 from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
-from jaxalign.methods.optimizer import ema_update
+from jaxalign.methods.shared.optimizer import ema_update
 from jaxalign.pretrain.config import PretrainConfig
 from jaxalign.pretrain.optimizer import make_optimizer
 from jaxalign.storage.checkpoint import Checkpointer

@@ -12,7 +12,7 @@ from optax import contrib
 
 from jaxalign.config import schema
 from jaxalign.config.fields import NonNegative
-from jaxalign.methods.optimizer import learning_rate
+from jaxalign.methods.shared.optimizer import learning_rate
 
 # Inputs and outputs of a network are no hidden matrices, nor is anything that is looked up.
 _BY_ADAM = ("conv_in", "conv_out")

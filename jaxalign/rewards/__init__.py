@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import registry
+from jaxalign.config.source import one_line
 from jaxalign.errors import UserError
 
 
@@ -200,12 +201,6 @@ def check_scores(reward_name: str, scores, prompts) -> np.ndarray:
   return array
 
 
-def one_line(error: BaseException) -> str:
-  """An exception as one line: its type and the first line of its message."""
-  lines = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _without_where(names: tuple[str, ...]) -> tuple[str, ...]:
   """`NAME` for each `NAME:WHERE`, except where two would be called the same."""
   short = [n.partition(":")[0] if n.partition(":")[0] in PRETRAINED else n for n in names]
@@ -284,8 +279,21 @@ def _on_host(name, reward):
   jitted = jax.jit(lambda params, images, prepared: _checked_trace(
     name, images, reward.score(params, images, prepared)))
 
+  rows = {}                                # prompt -> what was prepared for it
+
+  def prepare(prompts):
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+    if new:
+      prepared = _checked_prepare(name, reward, new)
+      rows.update((prompt, {key: value[i] for key, value in prepared.items()})
+                  for i, prompt in enumerate(new))
+    mine = [rows[prompt] for prompt in prompts]
+    if len({tuple((key, value.shape) for key, value in row.items()) for row in mine}) > 1:
+      return _checked_prepare(name, reward, prompts)       # padded to the longest of a call
+    return {key: np.stack([row[key] for row in mine]) for key in mine[0]}
+
   def score(images, prompts):
     pixels = images.astype(np.float32) / 255
-    return np.asarray(jitted(reward.params, pixels, _checked_prepare(name, reward, prompts)))
+    return np.asarray(jitted(reward.params, pixels, prepare(prompts)))
 
   return HostReward(name, score, reward.range)

@@ -20,8 +20,9 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from jaxalign.config.source import one_line
 from jaxalign.errors import UserError
-from jaxalign.rewards import HostReward, one_line
+from jaxalign.rewards import HostReward
 
 PARALLEL = 4                     # requests under way at a time
 SETTINGS = {"batch": 16, "timeout": 60, "retries": 4}

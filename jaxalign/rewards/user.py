@@ -9,17 +9,14 @@ A JAX reward that needs the prompt reads it from `prepared`, which the file's ow
 `prepare(prompts)` makes on the host: a dict of numpy arrays, first axis the prompts.
 The file is run as it stands: it is trusted code, named explicitly by the user.
 """
-import importlib.util
 import inspect
 import pathlib
-import sys
-import traceback
-import zlib
 
 import jax
 
+from jaxalign.config import source
 from jaxalign.errors import UserError
-from jaxalign.rewards import HostReward, Reward, one_line
+from jaxalign.rewards import HostReward, Reward
 
 _FORMS = ("write it as `def f(images, prompts)` for a black box on uint8 images or "
           "`def f(images, prepared)` for a differentiable JAX reward on images in [0, 1]")
@@ -52,18 +49,11 @@ def load_user_reward(spec: str) -> Reward | HostReward:
 def _run_file(path):
   if not path.is_file():
     raise UserError(f"reward.names: no file {path}")
-  # The name tells two files of the same stem apart. Registered, because dataclasses and pickle look
-  # up the module of a class by name.
-  name = f"jaxalign_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
   try:
-    spec.loader.exec_module(module)
+    return source.run_file(path)
   except (Exception, SystemExit) as e:
-    del sys.modules[name]
-    raise UserError(f"reward.names: {path} failed to run{_line_in(e, path)}: {one_line(e)}") from e
-  return module
+    raise UserError(f"reward.names: {path} failed to run{source.line_in(e, path)}: "
+                    f"{source.one_line(e)}") from e
 
 
 def _guarded(f, spec, path):
@@ -74,14 +64,6 @@ def _guarded(f, spec, path):
     except Exception as e:
       hint = ("; use jax.numpy and no Python `if` on values, or take `prompts` for a black box"
               if isinstance(e, jax.errors.JAXTypeError) else "")
-      raise UserError(f"reward.names: {spec} raised{_line_in(e, path)} {one_line(e)}{hint}") from e
+      raise UserError(f"reward.names: {spec} raised{source.line_in(e, path)} "
+                      f"{source.one_line(e)}{hint}") from e
   return call
-
-
-def _line_in(error, path):
-  """' at line N' of the innermost frame in the user's file, or '' if there is none."""
-  same = lambda f: pathlib.Path(f).resolve() == pathlib.Path(path).resolve()
-  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if same(f.filename)]
-  if isinstance(error, SyntaxError) and error.filename and same(error.filename):
-    lines.append(error.lineno)
-  return f" at line {lines[-1]}" if lines else ""

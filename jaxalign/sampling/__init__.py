@@ -1,25 +1,20 @@
 """Schedules, samplers, guidance and rollouts: the only code that knows what a network predicts."""
-from jaxalign.sampling.guidance import Conditioning, Guided, guided, guided_eps
+from jaxalign.sampling.guidance import Conditioning, Guided, branches, guided, guided_output
 from jaxalign.sampling.rollout import (
     Trajectory,
     differentiable_rollout,
     initial_noise,
+    pull_back,
     replay,
     rollout,
     step_noise,
     transition,
 )
-from jaxalign.sampling.schedule import (
-    ONE_STEP_KEY,
-    ONE_STEP_SCALE_KEY,
-    Sampler,
-    Schedule,
-    expand,
-    make_sampler,
-)
+from jaxalign.sampling.samplers import Sampler, make_sampler
+from jaxalign.sampling.schedule import ONE_STEP_KEY, ONE_STEP_SCALE_KEY, Schedule, expand
 
 __all__ = [
     "ONE_STEP_KEY", "ONE_STEP_SCALE_KEY", "Conditioning", "Guided", "Sampler", "Schedule",
-    "Trajectory", "differentiable_rollout", "expand", "guided", "guided_eps", "initial_noise",
-    "make_sampler", "replay", "rollout", "step_noise", "transition",
+    "Trajectory", "branches", "differentiable_rollout", "expand", "guided", "guided_output",
+    "initial_noise", "make_sampler", "pull_back", "replay", "rollout", "step_noise", "transition",
 ]

@@ -18,16 +18,21 @@ class Guided(NamedTuple):
   combined: Any
 
 
+def branches(scale: float) -> int:
+  """Evaluations of the network that guidance of this scale takes."""
+  return 2 if scale > 1 else 1
+
+
 def guided(denoise, scale: float):
   """Wraps `denoise(params, x_t, t, cond)` into `f(params, x_t, t, conditioning) -> Guided`.
 
-  `combined = uncond + scale (cond - uncond)`. Both branches run as one batch, interleaved, so that
-  each device of a sharded batch keeps its own rows. At `scale == 1` the unconditional branch is not
-  evaluated.
+  `combined = uncond + scale (cond - uncond)`, in whatever unit the network predicts. Both branches
+  run as one batch, interleaved, so that each device of a sharded batch keeps its own rows. Scales
+  up to 1 are off, as in the pipelines: the conditional branch alone.
   Reference: Ho & Salimans 2022, equation 6 (with `w + 1 = scale`).
   """
   def predict(params, x_t, t, conditioning: Conditioning) -> Guided:
-    if scale == 1.0:
+    if branches(scale) == 1:
       cond = denoise(params, x_t, t, conditioning.cond)
       return Guided(cond, None, cond)
     pair = lambda a, b: jnp.stack([a, b], 1).reshape((2 * a.shape[0],) + a.shape[1:])
@@ -39,11 +44,7 @@ def guided(denoise, scale: float):
   return predict
 
 
-def guided_eps(denoise, schedule, scale: float):
-  """The guided denoiser as noise estimate: `f(params, x_t, t, conditioning) -> eps` f32."""
+def guided_output(denoise, scale: float):
+  """The guided network: `f(params, x_t, t, conditioning) -> output` f32."""
   predict = guided(denoise, scale)
-
-  def eps(params, x_t, t, conditioning: Conditioning):
-    prediction = predict(params, x_t, t, conditioning).combined.astype(jnp.float32)
-    return schedule.to_eps(prediction, x_t, t)
-  return eps
+  return lambda *args: predict(*args).combined.astype(jnp.float32)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.devices import rng
-from jaxalign.sampling.schedule import Sampler, expand, gaussian_log_prob
+from jaxalign.sampling.samplers import Sampler, gaussian_log_prob
+from jaxalign.sampling.schedule import expand
 
 REMAT_POLICIES = {
     "none": None,
@@ -22,23 +23,23 @@ class Trajectory(NamedTuple):
   Attributes:
     latents: `[T+1, B, h, w, c]` f32, from noise (index 0) to output (index T). Outside the steps
       that were run: the initial latents before, zeros after.
-    timesteps: `[T]` int32.
+    timesteps: `[T]` f32.
     log_prob: `[T, B]` f32, log-density of each transition under the policy that sampled it, summed
       over elements.
     sample_ids: `[B]` int32, global ids from which the noise was drawn.
     noise: `[T, B, h, w, c]` f32, the injected standard normal noise.
-    eps: `[T, B, h, w, c]` f32, the guided noise estimates of the sampling policy.
+    out: `[T, B, h, w, c]` f32, the guided outputs of the sampling policy's network.
   """
   latents: Any
   timesteps: Any
   log_prob: Any
   sample_ids: Any
   noise: Any
-  eps: Any
+  out: Any
 
   @property
   def final(self):
-    """The outputs `[B, h, w, c]`."""
+    """The outputs of the sampler `[B, h, w, c]`."""
     return self.latents[-1]
 
 
@@ -52,25 +53,33 @@ def step_noise(key, sample_ids, latent_shape, k):
   return rng.normal_per_sample(rng.per_sample(key, sample_ids), latent_shape, k + 1)
 
 
-def transition(eps_fn, params, sampler: Sampler, k, x_k, noise, conditioning):
-  """One step: `(x_{k+1}, eps, log_prob [B])` with the injected `noise` given."""
-  eps = eps_fn(params, x_k, sampler.at("timesteps", k), conditioning)
+def transition(output_fn, params, sampler: Sampler, k, x_k, noise, conditioning, before=None):
+  """One step: `(x_{k+1}, output, log_prob [B])` with the injected `noise` given.
+
+  `before` is `(clean estimate of the step before, whether there is one)`; only second-order
+  samplers ask for it.
+  """
+  out = output_fn(params, x_k, sampler.at("timesteps", k), conditioning)
   std = sampler.at("std", k)
-  x_next = sampler.mean(k, x_k, eps) + expand(std, x_k) * noise
+  x_next = sampler.mean(k, x_k, out) + expand(std, x_k) * noise
+  if sampler.second_order and before is not None:
+    clean_before, exists = before
+    weight = jnp.where(exists, sampler.at("correction", k), 0.0)
+    x_next = x_next + weight * (sampler.clean(k, x_k, out) - clean_before)
   log_prob = jnp.where(
       std > 0, gaussian_log_prob(noise, tuple(range(1, noise.ndim)))
       - x_k[0].size * jnp.log(jnp.where(std > 0, std, 1.0)), 0.0)
-  return x_next, eps, log_prob
+  return x_next, out, log_prob
 
 
-def rollout(eps_fn, params, sampler: Sampler, conditioning, key, sample_ids, latent_shape, *,
+def rollout(output_fn, params, sampler: Sampler, conditioning, key, sample_ids, latent_shape, *,
             x_init=None, noise=None, start=0, stop=None) -> Trajectory:
   """Samples trajectories that nobody differentiates.
 
   Bounds may be traced: one compiled program serves every interval `[start, stop)`.
 
   Args:
-    eps_fn: `(params, x_t, t, conditioning) -> eps`, guidance included.
+    output_fn: `(params, x_t, t, conditioning) -> output` of the network, guidance included.
     key, sample_ids: noise is drawn from these unless given.
     x_init: `[B, *latent_shape]` latents at index `start`; if None drawn from N(0, I), times the
       sampler's `input_scale`.
@@ -85,25 +94,27 @@ def rollout(eps_fn, params, sampler: Sampler, conditioning, key, sample_ids, lat
   before = (jnp.arange(steps + 1) <= start)[(slice(None),) + (None,) * len(shape)]
   empty = Trajectory(
       latents=jnp.where(before, x_init[None], 0.0),
-      timesteps=jnp.asarray(sampler.timesteps),
+      timesteps=jnp.asarray(sampler.timesteps, jnp.float32),
       log_prob=jnp.zeros((steps, batch)),
       sample_ids=sample_ids,
       noise=jnp.zeros((steps,) + shape) if noise is None else noise,
-      eps=jnp.zeros((steps,) + shape))
+      out=jnp.zeros((steps,) + shape))
 
   def body(k, trajectory):
     z = step_noise(key, sample_ids, latent_shape, k) if noise is None else noise[k]
-    x_next, eps, log_prob = transition(
-        eps_fn, params, sampler, k, trajectory.latents[k], z, conditioning)
+    j = jnp.maximum(k - 1, 0)
+    previous = sampler.clean(j, trajectory.latents[j], trajectory.out[j]), k > start
+    x_next, out, log_prob = transition(output_fn, params, sampler, k, trajectory.latents[k], z,
+                                       conditioning, previous)
     return trajectory._replace(
         latents=trajectory.latents.at[k + 1].set(x_next),
         log_prob=trajectory.log_prob.at[k].set(log_prob),
         noise=trajectory.noise.at[k].set(z),
-        eps=trajectory.eps.at[k].set(eps))
+        out=trajectory.out.at[k].set(out))
   return jax.lax.fori_loop(start, stop, body, empty)
 
 
-def differentiable_rollout(eps_fn, params, sampler: Sampler, conditioning, x_init, noise, *,
+def differentiable_rollout(output_fn, params, sampler: Sampler, conditioning, x_init, noise, *,
                            start: int = 0, stop: int | None = None, remat: str = "full"):
   """Samples with gradients through every step: to `params`, `x_init` and `noise`.
 
@@ -116,18 +127,40 @@ def differentiable_rollout(eps_fn, params, sampler: Sampler, conditioning, x_ini
   Returns:
     Final latents `[B, *latent_shape]` and the latents after each step `[stop - start, B, ...]`.
   """
-  def body(x_k, inputs):
+  def body(carry, inputs):
+    x_k, *clean = carry
     k, z = inputs
-    x_next, _, _ = transition(eps_fn, params, sampler, k, x_k, z, conditioning)
-    return x_next, x_next
+    before = (*clean, k > start) if clean else None
+    x_next, out, _ = transition(output_fn, params, sampler, k, x_k, z, conditioning, before)
+    return (x_next, *([sampler.clean(k, x_k, out)] if clean else [])), x_next
   if REMAT_POLICIES[remat] is not None:
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
   ks = np.arange(start, sampler.steps if stop is None else stop)
-  return jax.lax.scan(body, x_init, (jnp.asarray(ks), noise))
+  carry = (x_init, jnp.zeros_like(x_init)) if sampler.second_order else (x_init,)
+  (final, *_), after = jax.lax.scan(body, carry, (jnp.asarray(ks), noise))
+  return final, after
+
+
+def pull_back(output_fn, params, sampler: Sampler, k, x_k, conditioning):
+  """A transition's mean and clean estimate at `x_k`, and what takes cotangents of them back.
+
+  The vector-Jacobian product of one step, of which the adjoint of a chain is made: `replay`, the
+  reverse score of nabla-GFN.
+
+  Args:
+    output_fn: `(params, x_t, t, conditioning) -> output` of the network.
+    k: scalar or `[B]`.
+  Returns:
+    `(mean, clean)`, and `(cotangent of both) -> (gradient to params, cotangent of x_k)`.
+  """
+  def both(params, x):
+    out = output_fn(params, x, sampler.at("timesteps", k), conditioning)
+    return sampler.mean(k, x, out), sampler.clean(k, x, out)
+  return jax.vjp(both, params, x_k)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def replay(eps_fn, sampler: Sampler, params, conditioning, latents, active):
+def replay(output_fn, sampler: Sampler, params, conditioning, latents, active):
   """The output of sampled trajectories, as a function of the parameters that sampled them.
 
   The value is `latents[-1]`, and the gradient to `params` is that of running the last S transitions
@@ -136,39 +169,46 @@ def replay(eps_fn, sampler: Sampler, params, conditioning, latents, active):
   the activations of one step.
 
   Args:
-    eps_fn: `(params, x_t, t, conditioning) -> eps`, guidance included.
-    conditioning: anything that `eps_fn` takes as such; constant, as are the latents.
+    output_fn: `(params, x_t, t, conditioning) -> output`, guidance included.
+    conditioning: anything that `output_fn` takes as such; constant, as are the latents.
     latents: `[S+1, B, ...]` from index `T - S` on, sampled with these very `params`.
-    active: `[S]` bool, may be traced. At other steps the noise estimate is a constant: gradients
+    active: `[S]` bool, may be traced. At other steps the network's output is a constant: gradients
       pass along `a_k x_k` only, and the network is not run.
   Reference: `a_k` is `Sampler.x_coef`; the recursion is the discrete adjoint of the sampler.
   """
   return latents[-1]
 
 
-def _replay_forward(eps_fn, sampler, params, conditioning, latents, active):
+def _replay_forward(output_fn, sampler, params, conditioning, latents, active):
   return latents[-1], (params, conditioning, latents, active)
 
 
-def _replay_backward(eps_fn, sampler, residuals, cotangent):
+def _replay_backward(output_fn, sampler, residuals, cotangent):
   params, conditioning, latents, active = residuals
   steps = active.shape[0]
 
   def back(i, carry):
+    gradient, cotangent, ahead = carry
     j = steps - 1 - i
     k = sampler.steps - steps + j
-    mean = lambda params, x: sampler.mean(
-        k, x, eps_fn(params, x, sampler.at("timesteps", k), conditioning))
+    # A second-order step adds what the clean estimate has changed by since the step before, if the
+    # chain has that.
+    correction = jnp.where(j > 0, sampler.at("correction", k), 0.0) * cotangent
+    pulled = cotangent, correction - ahead
 
-    def through(carry):
-      gradient, cotangent = carry
-      to_params, to_x = jax.vjp(mean, params, latents[j])[1](cotangent)
+    def through(gradient):
+      _, pull = pull_back(output_fn, params, sampler, k, latents[j], conditioning)
+      to_params, to_x = pull(pulled)
       return jax.tree.map(jnp.add, gradient, to_params), to_x
-    past = lambda carry: (carry[0], sampler.at("x_coef", k) * carry[1])
-    return jax.lax.cond(active[j], through, past, carry)
+
+    def past(gradient):
+      return gradient, (sampler.at("x_coef", k) * pulled[0]
+                        + sampler.at("clean_x_coef", k) * pulled[1])
+    gradient, to_x = jax.lax.cond(active[j], through, past, gradient)
+    return gradient, to_x, correction
   zeros = jax.tree.map(jnp.zeros_like, params)
-  gradient, _ = jax.lax.fori_loop(0, steps, back, (zeros, cotangent))
-  return gradient, None, None, None
+  start = zeros, cotangent, jnp.zeros_like(cotangent)
+  return jax.lax.fori_loop(0, steps, back, start)[0], None, None, None
 
 
 replay.defvjp(_replay_forward, _replay_backward)

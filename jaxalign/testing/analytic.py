@@ -1,8 +1,8 @@
-"""The analytic world: Gaussian mixtures with exact scores and exact reward-tilted targets.
+"""The analytic world: Gaussian mixtures, exact networks and exact reward-tilted targets.
 
 `make_models` puts a mixture behind the same seam as a pretrained network, so that a method's real
-code can be proved against closed forms. Samples are vectors: latents `[B, D]`, and `decode` is the
-identity.
+code can be proved against closed forms, on any linear path. Samples are vectors: latents `[B, D]`,
+and `decode` is the identity.
 """
 import dataclasses
 
@@ -13,7 +13,11 @@ import numpy as np
 from jaxalign.methods import FlowNet, Models
 from jaxalign.sampling import Conditioning, Sampler, Schedule, make_sampler
 
-SD_SCHEDULE = Schedule(np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2))
+SD_SCHEDULE = Schedule.variance_preserving(
+    np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2))
+FLOW_SCHEDULE = Schedule.flow(final="noisy")
+# What proofs run on: both paths, each with noise at every step of `make_models`' samplers.
+PATHS = {"vp": SD_SCHEDULE, "flow": FLOW_SCHEDULE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +36,9 @@ class Mixture:
     return Mixture(weights / weights.sum(), self.means + beta * self.variances[:, None] * w,
                    self.variances)
 
-  def noised(self, abar: float) -> "Mixture":
-    """Marginal of `sqrt(abar) x + sqrt(1 - abar) eps`."""
-    return Mixture(self.weights, np.sqrt(abar) * self.means, abar * self.variances + 1 - abar)
+  def noised(self, alpha: float, sigma: float) -> "Mixture":
+    """Marginal of `alpha x + sigma eps`."""
+    return Mixture(self.weights, alpha * self.means, alpha ** 2 * self.variances + sigma ** 2)
 
   def tree(self):
     return {"log_weights": jnp.log(jnp.asarray(self.weights, jnp.float32)),
@@ -42,15 +46,38 @@ class Mixture:
             "variances": jnp.asarray(self.variances, jnp.float32)}
 
 
-def exact_eps(mixture, x, abar):
-  """`E[eps | x_t = x]` of a mixture tree at noise level `abar` (scalar or `[B]`); x is `[B, D]`."""
-  abar = jnp.broadcast_to(abar, x.shape[:1])[:, None]
-  var = abar * mixture["variances"][None] + 1 - abar                              # [B, M]
-  delta = x[:, None] - jnp.sqrt(abar)[..., None] * mixture["means"][None]         # [B, M, D]
+def estimates(mixture, x, alpha, sigma):
+  """`E[x_0 | x_t = x]` and `E[eps | x_t = x]` of a mixture tree, both `[B, D]`, at any level.
+
+  `alpha`, `sigma` are scalars or `[B]`; x is `[B, D]`.
+  """
+  alpha, sigma = (jnp.broadcast_to(level, x.shape[:1])[:, None] for level in (alpha, sigma))
+  spread, means = mixture["variances"][None], mixture["means"][None]
+  var = jnp.square(alpha) * spread + jnp.square(sigma)                            # [B, M]
+  delta = x[:, None] - alpha[..., None] * means                                   # [B, M, D]
   log = (mixture["log_weights"][None] - 0.5 * jnp.square(delta).sum(-1) / var
          - 0.5 * x.shape[-1] * jnp.log(var))
-  score = -(jax.nn.softmax(log, -1)[..., None] * delta / var[..., None]).sum(1)
-  return -jnp.sqrt(1 - abar) * score
+  share = jax.nn.softmax(log, -1)[..., None]
+  clean = means + (alpha * spread / var)[..., None] * delta
+  return (share * clean).sum(1), sigma * (share * delta / var[..., None]).sum(1)
+
+
+def exact_output(schedule: Schedule, mixture, x, t):
+  """What a perfect network of this schedule outputs at times `t`, a scalar or `[B]`."""
+  return schedule.target(*estimates(mixture, x, *schedule.levels(t)), t)
+
+
+def gaussian_line(schedule: Schedule, alpha, sigma, mean, var):
+  """`slope, offset` of the perfect output `slope x + offset` for N(mean, var) data, numpy f64.
+
+  `alpha`, `sigma` are levels of any shape. The closed form of `exact_output` for one Gaussian, of
+  which chains of affine steps are made.
+  """
+  total = alpha ** 2 * var + sigma ** 2
+  of_eps, of_clean = {"epsilon": (1, 0), "sample": (0, 1), "v_prediction": (alpha, -sigma),
+                      "flow": (1, -1)}[schedule.prediction]
+  slope = (of_eps * sigma + of_clean * alpha * var) / total
+  return slope, of_clean * mean - slope * alpha * mean
 
 
 def linear_reward(w):
@@ -65,17 +92,17 @@ def quadratic_reward(c):
 
 
 def affine_per_step(sampler: Sampler, dim: int, centre: float = 0.0) -> FlowNet:
-  """`bias_k + slope_k (x - sqrt(abar_k) centre)` at each level of the sampler and at its output.
+  """`bias_k + slope_k (x - alpha_k centre)` at each level of the sampler and at its output.
 
   `centre` near the mean of the data decorrelates bias and slope, which speeds up training; what the
   map can represent does not depend on it.
   """
-  levels = -jnp.asarray(np.append(sampler.timesteps, 0))
-  abar = np.append(sampler.abar, sampler.abar_next[-1])
-  middle = centre * jnp.sqrt(jnp.asarray(abar, jnp.float32))
+  times = -jnp.asarray(np.append(sampler.timesteps, 0), jnp.float32)
+  alpha = np.append(sampler.alpha, sampler.alpha_next[-1])
+  middle = centre * jnp.asarray(alpha, jnp.float32)
 
   def apply(params, x, t, cond):
-    k = jnp.searchsorted(levels, -jnp.broadcast_to(t, x.shape[:1]))
+    k = jnp.searchsorted(times, -jnp.broadcast_to(t, x.shape[:1]))
     return params["bias"][k] + params["slope"][k] * (x - middle[k][:, None])
   zeros = lambda: jnp.zeros((sampler.steps + 1, dim), jnp.float32)
   return FlowNet(lambda key: {"bias": zeros(), "slope": zeros()}, apply)
@@ -91,9 +118,9 @@ def mlp(schedule: Schedule, dim: int, width: int = 64) -> FlowNet:
             "w3": jnp.zeros((width, dim)), "b3": jnp.zeros(dim)}
 
   def apply(params, x, t, cond):
-    abar = schedule.abar(jnp.broadcast_to(t, x.shape[:1]))[:, None]
-    level = jnp.concatenate([jnp.sqrt(abar), jnp.sqrt(1 - abar)], -1)
-    log_snr = jnp.log(abar / (1 - abar)) / 4
+    alpha, sigma = (level[:, None] for level in schedule.levels(jnp.broadcast_to(t, x.shape[:1])))
+    level = jnp.concatenate([alpha, sigma], -1)
+    log_snr = jnp.log(jnp.maximum(alpha, 1e-3) / jnp.maximum(sigma, 1e-3)) / 2
     angles = jnp.concatenate(
         [jnp.sin(log_snr), jnp.cos(log_snr), log_snr, jnp.sin(2 * log_snr)], -1)
     h = jnp.concatenate([x, level, angles], -1)
@@ -109,8 +136,8 @@ def make_models(mixture: Mixture, reward, *, steps: int = 50, policy=None, flow=
 
   Args:
     reward: what `linear_reward` or `quadratic_reward` returns.
-    policy, flow: FlowNets added to the exact noise estimate, and used as flow network; per-step
-      affine maps by default.
+    policy, flow: FlowNets added to the exact output, and used as flow network; per-step affine maps
+      by default.
   """
   dim = mixture.means.shape[1]
   sampler = make_sampler(schedule, steps, **sampler_options)
@@ -118,10 +145,10 @@ def make_models(mixture: Mixture, reward, *, steps: int = 50, policy=None, flow=
   reward_params, score = reward
 
   def denoise(variables, x, t, cond):
-    eps = exact_eps(variables["base"], x, schedule.abar(t))
+    out = exact_output(schedule, variables["base"], x, t)
     if variables["policy"] is None:
-      return eps
-    return eps + policy.apply(variables["policy"], x, t, cond)
+      return out
+    return out + policy.apply(variables["policy"], x, t, cond)
   return Models(
       denoise=denoise, schedule=schedule, sampler=sampler, guidance=1.0, latent_shape=(dim,),
       combine=lambda policy, base: {"base": base, "policy": policy},

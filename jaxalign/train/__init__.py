@@ -4,7 +4,6 @@ import pathlib
 import jax
 
 from jaxalign.config.recipes import load_recipe, parse
-from jaxalign.config.registry import AT_INFERENCE
 from jaxalign.config.schema import Config
 from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
@@ -37,9 +36,12 @@ def run(cfg: Config, path, devices=None) -> dict:
   from jaxalign.train import inference, loop
   start_devices(cfg, devices)
   jax.config.update("jax_threefry_partitionable", True)
-  module = inference if cfg.method_name in AT_INFERENCE else loop
+  module = inference if cfg.at_inference else loop
   try:
-    return module.run(cfg, pathlib.Path(path), devices)
+    summary = module.run(cfg, pathlib.Path(path), devices)
+    # Process 0 alone writes results; a scheduler may end the run when any of the others exits.
+    processes.barrier("results written")
+    return summary
   except OSError as error:               # a full disk, a folder that went away
     raise UserError(f"{error}; what --workdir={path} holds is sound, and the same command goes on "
                     "from its last checkpoint") from error

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import methods
-from jaxalign.config import registry
 from jaxalign.config.schema import Config
 from jaxalign.data.pairs import open_pairs
 from jaxalign.data.prompts import read_prompts
@@ -27,13 +26,13 @@ def describe(cfg: Config, devices=None) -> str:
   Raises:
     UserError: what the run itself would refuse: a key or a file of the config, its prompts.
   """
-  at_inference = cfg.method_name in registry.AT_INFERENCE
+  at_inference = cfg.at_inference
   held_out = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
   prompts = [] if at_inference else read_prompts("data.prompts", cfg.data.prompts)
   pairs = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
   exp = build(cfg, devices)
   models = exp.models
-  method = registry.load_method(cfg.method_name).make(models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
   for scorer in (exp.reward, exp.judge):
     if isinstance(scorer, Reward):
       scorer.prepare(prompts + held_out)           # refuses prompts that it cannot score

@@ -9,7 +9,6 @@ from jaxalign import metrics
 from jaxalign.devices import processes, rng
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward, check_scores, find, weighted_sum
-from jaxalign.sampling import guided_eps, rollout
 from jaxalign.train.experiment import Experiment, gather
 
 DIVERSITY = {"diversity": metrics.pairwise_diversity, "vendi": metrics.vendi_score}
@@ -53,18 +52,12 @@ class Evaluator:
     self._sample = jax.jit(self._sample_batch)
     self._path_kl = jax.jit(self._path_kl_batch)
 
-  def _eps(self, *args):
-    models = self._exp.models
-    return guided_eps(models.denoise, models.schedule, models.guidance)(*args)
-
   def _sample_batch(self, policy, frozen, judge_params, batch, key):
     exp, models = self._exp, self._exp.models
     given = {}
     if "noise" in batch:
       given = {"x_init": batch["noise"][:, 0], "noise": jnp.moveaxis(batch["noise"][:, 1:], 1, 0)}
-    trajectory = rollout(self._eps, models.combine(policy, frozen["base"]), models.sampler,
-                         batch["conditioning"], key, batch["sample_ids"], models.latent_shape,
-                         **given)
+    trajectory = models.rollout(policy, frozen, batch, key, **given)
     images = models.decode(frozen["decoder"], trajectory.final)
     out = {"images": (images * 255).round().astype(jnp.uint8),
            "scores": {"judge": exp.judge.score(judge_params, images, batch["judge"])},
@@ -76,16 +69,16 @@ class Evaluator:
   def _path_kl_batch(self, frozen, trajectory, conditioning):
     """`KL(path of policy || path of base)` of each trajectory, `[B]` nats, exact.
 
-    `sum_k std_k^2 lam_k^2 |eps - eps_ref|^2 / 2`, see `metrics.gaussian_path_kl`.
+    `sum_k rate_k^2 |o - o_ref|^2 / 2` in the network's outputs o, see `metrics.gaussian_path_kl`.
     """
     models = self._exp.models
-    sampler, base = models.sampler, models.combine(None, frozen["base"])
+    sampler = models.sampler
 
     def gap(k, total):
       x = trajectory.latents[k]
-      eps_ref = self._eps(base, x, sampler.at("timesteps", k), conditioning)
+      reference = models.output(None, frozen, x, sampler.at("timesteps", k), conditioning)
       return total.at[k].set(
-          jnp.square(trajectory.eps[k] - eps_ref).sum(tuple(range(1, x.ndim))))
+          jnp.square(trajectory.out[k] - reference).sum(tuple(range(1, x.ndim))))
     gaps = jax.lax.fori_loop(0, sampler.steps, gap, jnp.zeros_like(trajectory.log_prob))
     return metrics.gaussian_path_kl(gaps, sampler.std, sampler.lam)
 

@@ -12,7 +12,7 @@ import time
 
 import jax
 
-from jaxalign.config import registry
+from jaxalign import methods
 from jaxalign.config.schema import Config
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, rng
@@ -59,7 +59,7 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ models, reward, mesh
   started = time.monotonic()
   exp = build(cfg, devices)
-  method = registry.load_method(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   workdir.create()
   stack.callback(workdir.close)
   search = Search(exp, method, prompts)

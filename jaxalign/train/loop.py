@@ -12,8 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxalign import metrics
-from jaxalign.config import registry
+from jaxalign import methods, metrics
 from jaxalign.config.schema import Config
 from jaxalign.convert import save_pipeline
 from jaxalign.data.pairs import open_pairs
@@ -58,8 +57,10 @@ def _run(cfg, path, devices, stack) -> dict:
   eval_prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)
   eval_prompts = eval_prompts[:cfg.eval.prompts or None]
   pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
-  method_module = registry.load_method(cfg.method_name)
-  workdir = Workdir(path, cfg, {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts})
+  contents = {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts}
+  if cfg.reads_pairs:
+    contents["data.pairs"] = [pair_files.digest()]
+  workdir = Workdir(path, cfg, contents)
   finished = read_finished(workdir.path, cfg)
   if finished:
     say(f"{path}: this run is finished; see {path / 'summary.json'}")
@@ -68,7 +69,7 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ models, reward, mesh
   started = time.monotonic()
   exp = build(cfg, devices)
-  method_module.make(exp.models, cfg.method, cfg.optim)    # refuses what it cannot train
+  methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)   # refuses what it cannot
   # Made only now, so that a config that is refused leaves no folder behind.
   workdir.create()
   stack.callback(workdir.close)
@@ -103,7 +104,7 @@ def _run(cfg, path, devices, stack) -> dict:
     say(f"{len(pair_files)} preference pairs of {len(set(pairs.prompts))} captions")
   row_prompts = pairs.prompts if pairs else train_prompts
   models = dataclasses.replace(exp.models, reward_std=reward_std)
-  method = method_module.make(models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
   programs = Programs(exp, method, pairs.shared if pairs else exp.prompt_table(train_prompts), root,
                       pairs)
   state = programs.init()

@@ -1,7 +1,7 @@
 """Preference pairs as training sees them: encoded once, held by the host, gathered by batch."""
+import contextlib
 import functools
 import hashlib
-import os
 import pathlib
 import zipfile
 
@@ -97,11 +97,7 @@ def _cache_file(exp: Experiment, pairs: Pairs) -> pathlib.Path:
     digest.update(np.ascontiguousarray(leaf))
   with processes.progress(total=len(pairs), desc="hashing pairs", unit="pair", leave=False) as bar:
     for i in range(len(pairs)):
-      digest.update(repr((pairs.captions[i], float(pairs.labels[i]))).encode())
-      for content in pairs.load(int(pairs.rows[i])):
-        data = content.read_bytes() if isinstance(content, pathlib.Path) else content
-        digest.update(hashlib.sha256(data if isinstance(data, bytes) else repr(data).encode())
-                      .digest())
+      digest.update(pairs.fingerprint(i))
       bar.update()
   return folder / f"pairs-{digest.hexdigest()[:32]}.npy"
 
@@ -142,12 +138,12 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path):
     batches = (grain.MapDataset.range(len(pairs)).map(lambda i: pairs.images(i, *pixels))
                .batch(size).to_iter_dataset(grain.ReadOptions(num_threads=8,
                                                               prefetch_buffer_size=8)))
-    partial = file.with_name(f".{file.name}.partial")
-    main, done = processes.is_main(), 0
-    latents = np.lib.format.open_memmap(partial, "w+", np.float32, shape) if main else None
-    origin = []
-    with processes.progress(total=len(pairs), desc="encoding pairs", unit="pair",
-                            leave=False) as bar:
+    main, done, origin, latents = processes.is_main(), 0, [], None
+    with (processes.progress(total=len(pairs), desc="encoding pairs", unit="pair",
+                             leave=False) as bar,
+          whole(file) if main else contextlib.nullcontext() as partial):
+      if main:
+        latents = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
       for batch in batches:
         images, n = batch["pixels"], len(batch["pixels"])
         origin.append(batch["origin"])
@@ -159,10 +155,10 @@ def _encoded(exp: Experiment, pairs: Pairs, file: pathlib.Path):
             latents[done:done + n, side] = part[:n]
         done += n
         bar.update(n)
-    if main:
-      latents.flush()
-      np.save(origin_file, np.concatenate(origin))       # the latents' file says both are there
-      os.replace(partial, file)
+      if main:
+        latents.flush()
+        with whole(origin_file) as there:                # the latents' file says both are there
+          np.save(there, np.concatenate(origin))
     processes.barrier("pairs encoded")
   latents = np.load(file, mmap_mode="r")
   if latents.shape != shape or latents.dtype != np.float32:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from jaxalign import methods
-from jaxalign.config import registry
 from jaxalign.config.schema import Config
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, sharding
@@ -91,12 +90,12 @@ def plan(cfg: Config, target: str, thorough: bool = False) -> str:
     UserError: the target is unknown or libtpu missing; or a key or file of the config is at fault.
   """
   chip, devices = find_chips(target)
-  if cfg.method_name in registry.AT_INFERENCE:
+  if cfg.at_inference:
     raise UserError(f"--plan: method.name={cfg.method_name!r} trains no weights; only training is "
                     "planned")
   exp = build(cfg, devices, open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                           shapes_only=True))
-  method = registry.load_method(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   prompts = [] if cfg.reads_pairs else read_prompts("data.prompts", cfg.data.prompts)
   programs = outlined(exp, method, prompts)
   state = programs.state_shapes()

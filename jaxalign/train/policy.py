@@ -26,9 +26,7 @@ def make_models(cfg: Config, pipeline: Pipeline, reward: Reward | HostReward,
                 mesh: Mesh) -> Models:
   """The seam between this pipeline and the methods."""
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  sampler = make_sampler(schedule, cfg.sample.steps, kind=cfg.sample.kind, eta=cfg.sample.eta,
-                         spacing=cfg.sample.spacing, final=cfg.sample.final,
-                         variance=cfg.sample.variance, timestep=cfg.sample.timestep)
+  sampler = make_sampler(schedule, **cfg.sample.transitions)
   if cfg.model.adapter == "lora":
     def init_policy(key, frozen):
       if "adapter" in frozen:

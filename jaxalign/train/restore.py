@@ -6,7 +6,8 @@ import pathlib
 import jax
 import numpy as np
 
-from jaxalign.config import recipes, registry, schema
+from jaxalign import methods
+from jaxalign.config import recipes, schema
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
@@ -42,7 +43,7 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")
-  if cfg.method_name in registry.AT_INFERENCE:
+  if cfg.at_inference:
     raise UserError(f"--checkpoint={checkpoint}: a run of {cfg.method_name} tunes no weights; its "
                     f"images and their noise are in {checkpoint / 'product'}")
   if dtype:
@@ -61,7 +62,7 @@ def load_adapter_of(checkpoint: pathlib.Path):
     UserError: the directory is not that of a run with `model.adapter="lora"`, or damaged.
   """
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
-  if cfg is None or cfg.method_name in registry.AT_INFERENCE or cfg.model.adapter != "lora":
+  if cfg is None or cfg.at_inference or cfg.model.adapter != "lora":
     raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
                     "(model.adapter=lora), so there is none to export")
   return _policy(checkpoint, cfg)[1]
@@ -83,7 +84,7 @@ def _policy(checkpoint: pathlib.Path, cfg: schema.Config):
   exp = build(cfg, jax.devices()[:1])
   table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
   zeros = np.zeros(cfg.sample.batch, np.int32)
-  method = registry.load_method(cfg.method_name).make(exp.models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   key = rng.stream(jax.random.key(cfg.seed), rng.INIT)
   like = {"method": jax.eval_shape(
       lambda frozen: method.init(key, frozen, gather(table, zeros, zeros)), exp.frozen)}

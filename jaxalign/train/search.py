@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jaxalign import methods
 from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
-from jaxalign.methods.noise import draw
+from jaxalign.methods.shared.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
 from jaxalign.train.experiment import Experiment, gather
 from jaxalign.train.programs import needed_bytes

@@ -33,17 +33,17 @@ class Workdir:
   Of several processes all call these methods and process 0 writes.
 
   Args:
-    prompts: what the files of config keys held: a file may change under its name, and what was
-      measured on the old prompts must not pass for the new ones.
+    contents: lines that tell what the files of config keys held: a file may change under its name,
+      and what was made of the old prompts or pairs must not pass for the new ones.
   Raises:
     UserError: the folder cannot be written, or belongs to a run with another config.
   """
 
   def __init__(self, path: pathlib.Path, config: Config,
-               prompts: dict[str, list[str]] | None = None):
+               contents: dict[str, list[str]] | None = None):
     self.path, self._config = path, config
-    self._prompts = {key: hashlib.sha256("\n".join(lines).encode()).hexdigest()
-                     for key, lines in (prompts or {}).items()}
+    self._contents = {key: hashlib.sha256("\n".join(lines).encode()).hexdigest()
+                      for key, lines in (contents or {}).items()}
     self._metrics = self._board = self._lock = None
     self._last = 0, {}                   # where the last row of metrics.jsonl begins, and the row
     record = path / "config.json"
@@ -51,9 +51,9 @@ class Workdir:
       if record.exists():
         old = json.loads(record.read_text())
         self._check_same(old["config"], config.to_dict())
-        for key, digest in old.get("prompts", {}).items():
-          if self._prompts.get(key, digest) != digest:
-            raise UserError(f"--workdir={path}: belongs to another run: the prompts of {key} have "
+        for key, digest in old.get("contents", old.get("prompts", {})).items():
+          if self._contents.get(key, digest) != digest:
+            raise UserError(f"--workdir={path}: belongs to another run: the contents of {key} have "
                             "changed since; choose another --workdir")
       elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
@@ -77,7 +77,7 @@ class Workdir:
       try:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock.Lock(self.path, f"--workdir={self.path}")
-        content = {"config": self._config.to_dict(), "prompts": self._prompts,
+        content = {"config": self._config.to_dict(), "contents": self._contents,
                    "environment": environment()}
         self.write_json("config.json", content)
       except UserError as error:

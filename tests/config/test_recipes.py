@@ -8,16 +8,17 @@ import ml_collections
 import pytest
 
 import runs
-from jaxalign.config import schema
+from jaxalign import launch
+from jaxalign.config import command, recipes, schema
 from jaxalign.config.recipes import default, parse, recipe_path, split_argument
 from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
-from jaxalign.methods import reward_gradient
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
+from jaxalign.methods.draft import PRESETS as DRAFT_PRESETS
+from jaxalign.methods.mapo import PRESETS as MAPO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
-from jaxalign.methods.preference import PRESETS as MAPO_PRESETS
 from jaxalign.train.restore import run_config
 from jaxalign.train.workdir import Workdir
 
@@ -31,7 +32,7 @@ RECIPES = [
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
     for size in ("emoji", "smoke", "sd15")),
-  *(f"draft:smoke,{name}" for name in reward_gradient.PRESETS),
+  *(f"draft:smoke,{name}" for name in DRAFT_PRESETS),
   *(f"{name}:{size}" for name in ("dno", "best_of_n") for size in ("emoji", "smoke", "sd15",
                                                                    "sdxl")),
   *(f"dno:sd15,{name}" for name in DNO_PRESETS),
@@ -236,3 +237,50 @@ def test_a_run_of_an_older_version_is_read_with_defaults(tmp_path):
   Workdir(tmp_path / "run", cfg)
   with pytest.raises(UserError, match="method.minibatches was 1 and is 2 now"):
     Workdir(tmp_path / "run", runs.smoke(method__minibatches=2))
+
+
+BROKEN = '''"""A recipe of somebody's own."""
+from jaxalign.config import recipes
+
+
+def get_config(arg=""):
+  config = recipes.default("ddpo")
+  {line}
+  return config
+'''
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("config.train.stpes = 3", "AttributeError"), ("config.seed = 1 / 0", "ZeroDivisionError"),
+    ("open('none.txt')", "FileNotFoundError"), ("int('x')", "ValueError"),
+    ("raise ValueError('two\\nlines')", "ValueError: two"), ("steps = 3 +", "SyntaxError")])
+def test_a_recipe_that_fails_is_named_with_its_line(tmp_path, line, reason):
+  """By `load_recipe` and on the command line alike."""
+  file = tmp_path / "mine.py"
+  file.write_text(BROKEN.format(line=line))
+  expected = f"recipe {file} failed at line 7: {reason}"
+  with pytest.raises(UserError) as error:
+    recipes.load_recipe(str(file))
+  assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+  with pytest.raises(UserError) as error:
+    command._parse(["launch", f"--config={file}"], launch._FLAGS, ())
+  assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+def test_a_recipe_without_a_config_is_refused(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text("def get_config(arg=''):\n  pass\n")
+  with pytest.raises(UserError, match="mine.py: get_config returned NoneType"):
+    recipes.load_recipe(str(file))
+
+
+@pytest.mark.parametrize("folder", ["my.python", "x.py.d", "x.py"])
+def test_folders_may_be_called_as_files_are(tmp_path, folder):
+  file = tmp_path / folder / "mine.py"
+  file.parent.mkdir()
+  file.write_text(BROKEN.format(line="config.train.steps = int(arg or 3)"))
+  assert recipes.load_recipe(f"{file}:5").train.steps == 5
+  command._parse(["launch", f"--config={file}:7"], launch._FLAGS, ())
+  assert launch._CONFIG.value.train.steps == 7
+  with pytest.raises(UserError, match="no such file"):
+    command._parse(["launch", f"--config={file.parent / 'other.py'}"], launch._FLAGS, ())

@@ -13,7 +13,7 @@ import families
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images, encode_images
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
 FAMILIES = ("sd2", "turbo", "sdxl")
 PROMPTS = ["a red apple on a blue background", "zebra !"]
@@ -74,12 +74,12 @@ def their_cond(theirs, prompts):
 
 def sample(pipeline, latents, sampler, guidance=GUIDANCE):
   """Images `[B, H, W, 3]` from given latents and `PROMPTS`."""
-  eps = guided_eps(pipeline.denoise, Schedule.from_config(pipeline.scheduler_config), guidance)
+  output = guided_output(pipeline.denoise, guidance)
   conditioning = Conditioning(encode(pipeline, PROMPTS), encode(pipeline, [""] * len(PROMPTS)))
 
   @jax.jit
   def draw(params, latents, conditioning):
-    final = rollout(eps, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
+    final = rollout(output, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
                     jnp.arange(len(PROMPTS)), pipeline.latent_shape, x_init=latents).final
     return decode_images(pipeline.vae, params["vae"], final)
   return draw(pipeline.params, latents, conditioning)
@@ -138,7 +138,7 @@ def test_guided_sample_equals_that_of_pytorch(loaded, family, size):
   assert pipeline.latent_shape == (size[0] // 2, size[1] // 2, 4)
   latents = normal(2, *pipeline.latent_shape)
   sampler = make_sampler(Schedule.from_config(pipeline.scheduler_config), STEPS, eta=0.0,
-                         final="one" if family == "sdxl" else "")
+                         final="clean" if family == "sdxl" else "")
   images = theirs(PROMPTS, height=size[0], width=size[1], num_inference_steps=STEPS,
                   guidance_scale=GUIDANCE, latents=nchw(latents), output_type="np").images
   close(sample(pipeline, latents, sampler), images)
@@ -151,7 +151,7 @@ def test_turbo_in_one_step_equals_pytorch(loaded):
   pipeline, theirs = loaded("turbo")
   latents = normal(2, 8, 8, 4)
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  sampler = make_sampler(schedule, 1, eta=0.0, final="one")
+  sampler = make_sampler(schedule, 1, eta=0.0, final="clean")
   assert sampler.timesteps.tolist() == [999]
   ours = sample(pipeline, latents, sampler, guidance=1.0)
   one_step = make_sampler(schedule, 1, kind="one_step", timestep=999)

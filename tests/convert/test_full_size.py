@@ -10,7 +10,7 @@ import pytest
 import families
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.models.vae import decode_images
-from jaxalign.sampling import Conditioning, Schedule, guided_eps, make_sampler, rollout
+from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
 PIXELS, GUIDANCE, STEPS = 256, 5.0, 2
 COUNTS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
@@ -54,13 +54,13 @@ def theirs(path, latents):
 
 def ours(pipeline, latents):
   schedule = Schedule.from_config(pipeline.scheduler_config)
-  eps = guided_eps(pipeline.denoise, schedule, GUIDANCE)
+  output = guided_output(pipeline.denoise, GUIDANCE)
   sampler = make_sampler(schedule, STEPS, eta=0.0, final="")
   encode = jax.jit(pipeline.encode_prompts)
 
   @jax.jit
   def draw(params, latents, conditioning):
-    final = rollout(eps, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
+    final = rollout(output, {"params": params["unet"]}, sampler, conditioning, jax.random.key(0),
                     jnp.arange(1), pipeline.latent_shape, x_init=latents).final
     return decode_images(pipeline.vae, params["vae"], final)
   conditioning = Conditioning(*(encode(pipeline.text_params, pipeline.tokenize(prompts))

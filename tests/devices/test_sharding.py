@@ -15,7 +15,7 @@ from jaxalign.config.schema import OptimConfig
 from jaxalign.devices import sharding
 from jaxalign.devices.sharding import PARAM_RULES, make_mesh, param_shardings, spec_for
 from jaxalign.errors import UserError
-from jaxalign.methods.optimizer import make_optimizer
+from jaxalign.methods.shared.optimizer import make_optimizer
 from jaxalign.models import lora
 from jaxalign.models.clip import (
   CLIPTextModel,

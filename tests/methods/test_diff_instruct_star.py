@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import methods
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import diff_instruct_star as di
@@ -176,11 +177,11 @@ def test_gradients_of_a_gaussian_in_the_plane(values, mean, spread, divergence):
 
 def test_weights_of_time_and_sample():
   """`edm` is EDM's lambda with unit data; `dmd_norm` divides by `mean |x_0 - x0_ref|`, constant."""
-  abar = analytic.SD_SCHEDULE.alphas_cumprod
-  sigma = np.sqrt((1 - abar) / abar)
-  np.testing.assert_allclose(di.time_weights(config(weight="edm"), abar), (sigma**2 + 1) / sigma**2,
-                             rtol=1e-9)
-  assert (di.time_weights(config(weight="dmd_norm"), abar) == 1).all()
+  levels = analytic.SD_SCHEDULE.training_levels
+  sigma = levels[1] / levels[0]
+  np.testing.assert_allclose(di.time_weights(config(weight="edm"), *levels),
+                             (sigma**2 + 1) / sigma**2, rtol=1e-9)
+  assert (di.time_weights(config(weight="dmd_norm"), *levels) == 1).all()
   key = jax.random.key(1)
   x_0, noise = jax.random.normal(key, (2, 5, 3))
   a, s = 0.8, 0.6
@@ -246,9 +247,9 @@ def over_levels(cfg):
   t, z, e = (a.ravel() for a in np.meshgrid(np.arange(1000), nodes, nodes, indexing="ij"))
   rows = jnp.asarray(np.tile(node_weights / 1000, 1000), jnp.float32)
   z, e = (jnp.asarray(a, jnp.float32)[:, None] for a in (z, e))
-  abar = analytic.SD_SCHEDULE.alphas_cumprod
-  weights = jnp.asarray(di.time_weights(cfg, abar)[t], jnp.float32)
-  a, s = (jnp.asarray(v[t], jnp.float32) for v in (np.sqrt(abar), np.sqrt(1 - abar)))
+  levels = analytic.SD_SCHEDULE.training_levels
+  weights = jnp.asarray(di.time_weights(cfg, *levels)[t], jnp.float32)
+  a, s = (jnp.asarray(level[t], jnp.float32) for level in levels)
   point = di.Point(e, a, s, weights)
   column = lambda v: v[:, None]
   teacher = lambda x: column(s) * x                            # marginals of N(0, 1) are N(0, 1)
@@ -405,7 +406,7 @@ def test_distils_a_gaussian_into_one_step(divergence):
 def test_linear_reward_shifts_the_mean_by_what_the_closed_form_says():
   """l2, several levels: shift `alpha / E_t[2 w a^2 / Q^2]`, w = s^2 in eps space; spread kept."""
   cfg = di.Config(divergence="l2", guidance=1.0, ratio=False, assistant_steps=5, assistant_lr=3e-3)
-  abar = analytic.SD_SCHEDULE.alphas_cumprod[cfg.t_min:cfg.t_max + 1]
+  abar = analytic.SD_SCHEDULE.alphas[cfg.t_min:cfg.t_max + 1] ** 2
   Q = abar * 0.25 + 1 - abar
   wanted = 0.3
   cfg = dataclasses.replace(cfg, reward=float(wanted * (2 * (1 - abar) * abar / Q**2).mean()))
@@ -460,8 +461,9 @@ def test_presets_and_guidance_outside_through_the_method():
   """One update of each, from the same draws; the teacher's mean moves by 0.5 with the condition."""
   models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))
   exact = models.denoise
-  models = dataclasses.replace(models, denoise=lambda v, x, t, c: exact(v, x, t, c) - jnp.sqrt(
-      models.schedule.abar(jnp.broadcast_to(t, x.shape[:1])) / 2)[:, None] * c["shift"])
+  alpha = lambda x, t: models.schedule.levels(jnp.broadcast_to(t, x.shape[:1]))[0][:, None]
+  models = dataclasses.replace(models, denoise=lambda v, x, t, c: (
+      exact(v, x, t, c) - alpha(x, t) / np.sqrt(2) * c["shift"]))
   rows = analytic.make_batch(64)
   shift = lambda value: {"shift": jnp.full((64, 1), value)}
   rows["conditioning"] = rows["conditioning"]._replace(cond=shift(0.5), uncond=shift(0.0))
@@ -499,12 +501,11 @@ def test_sampled_and_differentiated_generator_agree():
   state = method.init(jax.random.key(0), models.frozen, rows)
   state["policy"] = jax.tree.map(lambda a: a + 0.1, state["policy"])
   experience = method.collect(state, models.frozen, rows, jax.random.key(1))
-  sampler, schedule = models.sampler, models.schedule
+  sampler = models.sampler
   prediction = models.denoise(models.combine(state["policy"], models.frozen["base"]),
                               experience["z"], 625, {})
   np.testing.assert_allclose(
-      experience["final"], sampler.mean(0, experience["z"], schedule.to_eps(
-          prediction, experience["z"], 625)), rtol=1e-6)
+      experience["final"], sampler.mean(0, experience["z"], prediction), rtol=1e-6)
 
 
 def test_scale_of_a_generators_input(tmp_path):
@@ -512,7 +513,7 @@ def test_scale_of_a_generators_input(tmp_path):
   import json
 
   from jaxalign.convert import load_pipeline, save_pipeline
-  from jaxalign.methods import noise
+  from jaxalign.methods.shared import noise
   from jaxalign.sampling import Schedule
   from jaxalign.testing.fixture import make_pipeline_dir
   folder = make_pipeline_dir(tmp_path / "fixture")
@@ -556,7 +557,7 @@ def test_scale_of_a_generators_input(tmp_path):
 
 def test_one_step_sampler_is_the_clean_estimate():
   sampler = make_sampler(analytic.SD_SCHEDULE, 1, kind="one_step", timestep=399)
-  abar = analytic.SD_SCHEDULE.alphas_cumprod[399]
+  abar = analytic.SD_SCHEDULE.alphas[399] ** 2
   z, eps = jnp.full((2, 3), 0.5), jnp.full((2, 3), -0.2)
   np.testing.assert_allclose(
       sampler.mean(0, z, eps), (0.5 + 0.2 * np.sqrt(1 - abar)) / np.sqrt(abar) * np.ones((2, 3)),
@@ -572,7 +573,7 @@ def test_mistakes_name_their_key():
     di.make(models, di.Config(), OptimConfig())
   models = one_step_models(MIXTURE, (None, None))
   with pytest.raises(UserError, match="black-box"):
-    di.make(models, di.Config(), OptimConfig())
+    methods.make("diff_instruct_star", models, di.Config(), OptimConfig())
   with pytest.raises(UserError, match="t_max"):
     di.make(models, di.Config(reward=0.0, t_max=1000), OptimConfig())
   with pytest.raises(UserError, match="kappa"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import methods
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import best_of_n, dno
@@ -378,7 +379,7 @@ def test_ring():
   angle = 2 * np.pi * np.arange(48) / 48
   ring = analytic.Mixture(np.full(48, 1 / 48), np.stack([np.cos(angle), np.sin(angle)], 1),
                           np.full(48, 0.4 ** 2 / 12))
-  models = analytic.make_models(ring, ({}, ring_reward), steps=25, final="one")
+  models = analytic.make_models(ring, ({}, ring_reward), steps=25, final="clean")
   _, _, logs = climb(models, Config(**FREE), OptimConfig(lr=1e-2, b2=0.999, clip_norm=0.0), 41,
                      size=128)
   reward = logs["train/reward"].mean(1)
@@ -429,8 +430,8 @@ def test_what_cannot_be_trained_is_refused():
   models = world(analytic.linear_reward(W))
   with pytest.raises(UserError, match="optim.ema"):
     dno.make(models, Config(), OptimConfig(ema=0.9))
-  with pytest.raises(UserError, match="method.gradient='first_order' needs a differentiable"):
-    dno.make(replace(models, score=None), Config(block=2), PLAIN)
-  dno.make(replace(models, score=None), Config(gradient="zo", block=2), PLAIN)
+  with pytest.raises(UserError, match="'dno' needs reward gradients.*method.gradient='hybrid2'"):
+    methods.make("dno", replace(models, score=None), Config(block=2), PLAIN)
+  methods.make("dno", replace(models, score=None), Config(gradient="zo", block=2), PLAIN)
   with pytest.raises(UserError, match="method.block=3 exceeds the 2 numbers"):
     dno.make(models, Config(block=3), PLAIN)

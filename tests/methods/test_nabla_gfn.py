@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.config.registry import METHODS, load_method
+from jaxalign import methods
+from jaxalign.config.registry import load_method, own_methods
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import nabla_gfn
 from jaxalign.methods.nabla_gfn import PRESETS, Config
-from jaxalign.sampling import Conditioning, guided_eps, rollout
+from jaxalign.sampling import Conditioning
 from jaxalign.testing import analytic
 
 STEPS, ROWS, DIM, BETA = 10, 8, 2, 1.5
@@ -47,16 +48,7 @@ def affine(bias, slope):
 def sample(models, policy=None, batch=None, key=KEY):
   """A trajectory of the policy (of the reference if None)."""
   batch = batch or analytic.make_batch(ROWS)
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
-  return rollout(
-    eps_fn,
-    models.combine(policy, models.frozen["base"]),
-    models.sampler,
-    batch["conditioning"],
-    key,
-    batch["sample_ids"],
-    models.latent_shape,
-  )
+  return models.rollout(policy, models.frozen, batch, key)
 
 
 def all_rows(models, policy=None, batch=None, key=KEY):
@@ -68,7 +60,7 @@ def all_rows(models, policy=None, batch=None, key=KEY):
   rows = nabla_gfn.transitions(
     {
       "latents": trajectory.latents.swapaxes(0, 1),
-      "eps": trajectory.eps.swapaxes(0, 1),
+      "out": trajectory.out.swapaxes(0, 1),
       "batch": batch,
     },
     steps,
@@ -226,7 +218,7 @@ def test_forward_residual_in_eps_form_is_the_difference_of_scores(mixture):
   rng = np.random.default_rng(1)
   for k in range(STEPS):
     x, eps, eps_ref, x_next = rng.normal(size=(4, DIM))
-    mean = lambda e: s.x_coef[k] * x - s.eps_coef[k] * e
+    mean = lambda e: s.x_coef[k] * x - s.out_coef[k] * e
     score = lambda e: -(x_next - mean(e)) / s.std[k] ** 2
     np.testing.assert_allclose(-s.lam[k] * (eps - eps_ref), score(eps) - score(eps_ref), rtol=1e-9)
 
@@ -236,13 +228,13 @@ def test_forward_residual_matches_autodiff_of_the_log_density():
   rows = all_rows(models)
   s, k = models.sampler, rows["k"]
   noise = jax.random.normal(KEY, rows["x_k"].shape)
-  eps, h = rows["eps_old"] + 0.1 * noise, 0.3 * noise[::-1]
+  eps, h = rows["out_old"] + 0.1 * noise, 0.3 * noise[::-1]
   log_ratio = lambda x: (
     s.log_prob(k, x, s.mean(k, rows["x_k"], eps))
-    - s.log_prob(k, x, s.mean(k, rows["x_k"], rows["eps_old"]))
+    - s.log_prob(k, x, s.mean(k, rows["x_k"], rows["out_old"]))
   ).sum()
   expected = jax.grad(log_ratio)(rows["x_next"]) - h
-  got = nabla_gfn.forward_residual(s, k, eps, rows["eps_old"], rows["x_k"], rows["x_next"], h)
+  got = nabla_gfn.forward_residual(s, k, eps, rows["out_old"], rows["x_k"], rows["x_next"], h)
   got = -got * s.at("lam", k)[:, None]
   np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
 
@@ -333,7 +325,7 @@ def test_guess_differentiates_the_clean_estimate(x0_net):
     KEY,
     jnp.inf,
   )
-  abar = models.sampler.abar[:, None]
+  abar = models.sampler.alpha[:, None] ** 2
   slope = np.sqrt(1 - abar) / (abar * 0.5 + 1 - abar)
   slope = slope + (np.asarray(policy["slope"])[:-1] if x0_net == "theta" else 0.0)
   np.testing.assert_allclose(
@@ -352,7 +344,7 @@ def test_path_kl_is_that_of_the_chains():
     x, x_next = trajectory.latents[k], trajectory.latents[k + 1]
     ref = models.denoise(models.combine(None, models.frozen["base"]), x, int(s.timesteps[k]), None)
     ratio = ratio + trajectory.log_prob[k] - s.log_prob(k, x_next, s.mean(k, x, ref))
-    difference = np.asarray(trajectory.eps[k] - ref, np.float64) * s.eps_coef[k]
+    difference = np.asarray(trajectory.out[k] - ref, np.float64) * s.out_coef[k]
     exact += (difference**2).sum(-1).mean() / (2 * s.std[k] ** 2)
   rows = all_rows(models, policy, batch)
   cfg = config()
@@ -447,12 +439,11 @@ def loss_in_numpy(models, cfg, policy, flow, rows):
   """The parts of the loss in f64 for Gaussian data, affine policy and flow, quadratic reward."""
   s, D = models.sampler, DIM
   f64 = lambda a: np.asarray(a, np.float64)
-  k, x, x_next, old = rows["k"], f64(rows["x_k"]), f64(rows["x_next"]), f64(rows["eps_old"])
+  k, x, x_next, old = rows["k"], f64(rows["x_k"]), f64(rows["x_next"]), f64(rows["out_old"])
   k = np.asarray(k)
   last = k == s.steps - 1
   column = lambda a: a[k][:, None]
   data_mean, data_var = GAUSSIAN.means[0], GAUSSIAN.variances[0]
-  table = SD_ABAR = models.schedule.alphas_cumprod
 
   def eps(x, index, abar, with_policy):
     c = np.sqrt(1 - abar) / (abar * data_var + 1 - abar)
@@ -469,20 +460,18 @@ def loss_in_numpy(models, cfg, policy, flow, rows):
     gamma = {"one": 1.0, "sqrt_abar": np.sqrt(abar), "abar": abar}[cfg.gamma]
     return BETA * np.where(end[:, None], 1.0, gamma) * jac * (np.asarray([1.0, 2.0]) - x0)
 
-  abar, abar_next = column(s.abar), column(s.abar_next)
-  abar_next = np.where(last[:, None], SD_ABAR[0], abar_next)
-  assert table is SD_ABAR
+  abar, abar_next = column(s.alpha) ** 2, column(s.alpha_next) ** 2
   e, slope = eps(x, k, abar, True)
   e_ref, slope_ref = eps(x, k, abar, False)
   std, lam = column(s.std), column(s.lam)
-  mean = lambda e: column(s.x_coef) * x - column(s.eps_coef) * e
+  mean = lambda e: column(s.x_coef) * x - column(s.out_coef) * e
   score = lambda e: -(x_next - mean(e)) / std**2
   g = lambda x, index: f64(flow["bias"])[index] + f64(flow["slope"])[index] * x
   g_next = g(x_next, k + 1)
   h = guess(x_next, k + 1, abar_next, last) + np.where(last[:, None], 0.0, g_next)
   forward = score(e) - cfg.pretrained_strength * score(e_ref) - h
   weight = {"eps": lam**-2, "score": 1.0, "std": std**2}[cfg.weighting]
-  jac = lambda slope: column(s.x_coef) - column(s.eps_coef) * slope
+  jac = lambda slope: column(s.x_coef) - column(s.out_coef) * slope
   if cfg.reverse == "lean":
     reverse = -jac(slope_ref) * (mean(e) - mean(e_ref)) / std**2
   else:
@@ -528,7 +517,7 @@ def test_value_at_initialisation_is_the_mean_square_of_h_over_lam():
   models, cfg = world(reward=LINEAR), config(x0_net="ref", strata=STEPS, always_final=False)
   _, metrics = run(models, cfg, updates=1)
   s = models.sampler
-  abar = s.abar_next
+  abar = s.alpha_next**2
   slope = np.append((np.sqrt(abar) * 0.5 / (abar * 0.5 + 1 - abar))[:-1], 1.0)
   h = BETA * slope[:, None] * np.asarray([1.0, -0.5])
   assert metrics[0]["loss/forward"] == pytest.approx(((h / s.lam[:, None]) ** 2).mean(), rel=1e-3)
@@ -666,7 +655,7 @@ def test_final_latent_gradient_is_that_of_the_output_at_every_step():
   experience = collect(state, 0)
   moved = update(state, experience, 0)[0]["trainable"]["policy"]["bias"]
   gradient = (np.asarray([1.0, 2.0]) - np.asarray(experience["final"], np.float64)).sum(0)
-  gamma = np.append(np.sqrt(models.sampler.abar_next[:-1]), 1.0)
+  gamma = np.append(models.sampler.alpha_next[:-1], 1.0)
   expected = -2 * BETA * (gamma / models.sampler.lam)[:, None] * gradient / (ROWS * STEPS * DIM)
   np.testing.assert_allclose(moved[:-1], expected, rtol=1e-3)
 
@@ -749,7 +738,7 @@ def test_frozen_weights_do_not_move():
   reference = models.combine(None, models.frozen["base"])
   np.testing.assert_array_equal(
     models.denoise(reference, x, t, None),
-    analytic.exact_eps(models.frozen["base"], x, models.schedule.abar(t)),
+    analytic.exact_output(models.schedule, models.frozen["base"], x, t),
   )
 
 
@@ -862,16 +851,16 @@ def test_bad_config_names_its_key(options, key):
 
 
 @pytest.mark.parametrize(
-  "options, key", [(dict(eta=0.0), "sample.eta"), (dict(final="one"), "sample.final")]
+  "options, key", [(dict(eta=0.0), "sample.eta"), (dict(final="clean"), "sample.final")]
 )
 def test_deterministic_sampler_is_refused(options, key):
   with pytest.raises(UserError, match=key):
-    nabla_gfn.make(world(**options), config(), ADAM)
+    methods.make("nabla_gfn", world(**options), config(), ADAM)
 
 
 def test_black_box_reward_is_refused():
   with pytest.raises(UserError, match="reward.names"):
-    nabla_gfn.make(dataclasses.replace(world(), score=None), config(), ADAM)
+    methods.make("nabla_gfn", dataclasses.replace(world(), score=None), config(), ADAM)
 
 
 def test_models_that_do_not_fit_the_config_are_refused():
@@ -885,4 +874,4 @@ def test_registry_knows_the_method():
   assert load_method("nabla_gfn") is nabla_gfn
   with pytest.raises(UserError, match="method.name"):
     load_method("nabla")
-  assert "nabla_gfn" in METHODS
+  assert "nabla_gfn" in own_methods()

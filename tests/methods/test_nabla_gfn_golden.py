@@ -27,7 +27,6 @@ import scipy.special
 from jaxalign.config.schema import OptimConfig
 from jaxalign.devices import rng
 from jaxalign.methods import nabla_gfn
-from jaxalign.sampling import guided_eps, rollout
 from jaxalign.testing import analytic
 
 MEAN, VAR, BETA, STEPS, GOAL, CENTRE = 0.7, 0.5, 3.0, 50, 2.0, 2.0
@@ -39,11 +38,10 @@ AFFINE = analytic.affine_per_step(SAMPLER, 1, CENTRE)
 
 def reference_kernels():
   """`M_k`, `d_k`, `s_k^2` of `x' = M x + d + s z` for the reference chain, each `[STEPS]` f64."""
-  marginal = SAMPLER.abar * VAR + 1 - SAMPLER.abar
-  slope = np.sqrt(1 - SAMPLER.abar) / marginal
+  slope = SAMPLER.sigma / (SAMPLER.alpha**2 * VAR + SAMPLER.sigma**2)
   return (
-    SAMPLER.x_coef - SAMPLER.eps_coef * slope,
-    SAMPLER.eps_coef * slope * np.sqrt(SAMPLER.abar) * MEAN,
+    SAMPLER.x_coef - SAMPLER.out_coef * slope,
+    SAMPLER.out_coef * slope * SAMPLER.alpha * MEAN,
     SAMPLER.std**2,
   )
 
@@ -54,7 +52,7 @@ def moments(params=None):
   slope, bias = np.zeros(STEPS), np.zeros(STEPS)
   if params is not None:
     slope = np.asarray(params["slope"], np.float64)[:-1, 0]
-    bias = np.asarray(params["bias"], np.float64)[:-1, 0] - slope * np.sqrt(SAMPLER.abar) * CENTRE
+    bias = np.asarray(params["bias"], np.float64)[:-1, 0] - slope * SAMPLER.alpha * CENTRE
   mean, var, kl = 0.0, 1.0, 0.0
   for k in range(STEPS):
     kl += (
@@ -62,15 +60,15 @@ def moments(params=None):
       * (SAMPLER.std[k] * SAMPLER.lam[k]) ** 2
       * ((bias[k] + slope[k] * mean) ** 2 + slope[k] ** 2 * var)
     )
-    m = gain[k] - SAMPLER.eps_coef[k] * slope[k]
-    mean, var = m * mean + offset[k] - SAMPLER.eps_coef[k] * bias[k], m * m * var + var_step[k]
+    m = gain[k] - SAMPLER.out_coef[k] * slope[k]
+    mean, var = m * mean + offset[k] - SAMPLER.out_coef[k] * bias[k], m * m * var + var_step[k]
   return mean, var, kl
 
 
 def linear_shift(gamma=None):
   """Shift of the mean for R(x) = x: exact values, or the one-step guess with factor `gamma`."""
   gain, _, var_step = reference_kernels()
-  abar = SAMPLER.abar_next
+  abar = SAMPLER.alpha_next**2
   value = abar**0.5 / (abar * VAR + 1 - abar) * VAR  # d x0_hat / d x'
   if gamma is None:
     value = np.append(np.cumprod(gain[::-1])[::-1][1:], 1.0)
@@ -298,14 +296,8 @@ def tuned_samples(mixture, w, beta, steps, updates, batch_size=64, count=20000):
   state, _ = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(updates)))(state)
   draw = jax.jit(
     lambda policy, i: (
-      rollout(
-        guided_eps(models.denoise, models.schedule, 1.0),
-        models.combine(policy, models.frozen["base"]),
-        sampler,
-        batch["conditioning"],
-        rng.stream(key, rng.EVAL, i),
-        jnp.arange(count),
-        (dim,),
+      models.rollout(
+        policy, models.frozen, analytic.make_batch(count), rng.stream(key, rng.EVAL, i)
       ).final
     )
   )
@@ -324,13 +316,13 @@ def best_fixed_variance_chain(mixture, beta, steps, nodes=1500, reach=5.5):
   base = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture.tree())
   value, policy = beta * x, [None] * steps
   for k in reversed(range(steps)):
-    marginal = s.abar[k] * base["variances"] + 1 - s.abar[k]
-    delta = x[:, None] - np.sqrt(s.abar[k]) * base["means"][:, 0]
+    marginal = s.alpha[k] ** 2 * base["variances"] + s.sigma[k] ** 2
+    delta = x[:, None] - s.alpha[k] * base["means"][:, 0]
     share = scipy.special.softmax(
       base["log_weights"] - 0.5 * delta**2 / marginal - 0.5 * np.log(marginal), 1
     )
-    eps = np.sqrt(1 - s.abar[k]) * (share * delta / marginal).sum(1)
-    mean = s.x_coef[k] * x - s.eps_coef[k] * eps
+    eps = s.sigma[k] * (share * delta / marginal).sum(1)
+    mean = s.x_coef[k] * x - s.out_coef[k] * eps
     smooth = (
       sum(a * np.interp(x + s.std[k] * b, x, value) for a, b in zip(weights, z)) / weights.sum()
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.methods.noise import (
+from jaxalign.methods.shared.noise import (
   LN2,
   concentration,
   detection_limit,
@@ -259,9 +259,9 @@ def test_spectrum_score():
 
 
 @pytest.mark.parametrize("options, last", [({"eta": 1.0}, 6), ({"eta": 0.0}, 1),
-                                           ({"final": "one"}, 5)])
+                                           ({"final": "clean"}, 5)])
 def test_vectors_without_effect_are_left_out(options, last):
-  from jaxalign.methods.noise import live_vectors
+  from jaxalign.methods.shared.noise import live_vectors
   sampler = make_sampler(analytic.SD_SCHEDULE, 5, **options)
   np.testing.assert_array_equal(live_vectors(sampler, "all"), np.arange(last))
   np.testing.assert_array_equal(live_vectors(sampler, "first"), [0])

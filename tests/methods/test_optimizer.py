@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods.optimizer import (
+from jaxalign.methods.shared.optimizer import (
   accumulated_gradients,
   ema_update,
   learning_rate,

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from scipy.special import gammaln, ndtr
 
+from jaxalign import methods
 from jaxalign.config import recipes
 from jaxalign.config.registry import load_method
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Models, b2_diffurl
-from jaxalign.methods import policy_gradient as pg
+from jaxalign.methods.shared import policy_gradient as pg
 from jaxalign.sampling import Conditioning, Sampler, make_sampler
 from jaxalign.testing import analytic
 
@@ -33,11 +34,12 @@ GAIN, OFFSET, STD = np.asarray([0.8, 0.9]), np.asarray([0.3, -0.2]), np.asarray(
 def chain(tied=False, score=None) -> Models:
   """The linear Gaussian chain; its policy adds to the offsets (one number for both if tied)."""
   ones = np.ones(2)
-  sampler = Sampler(np.asarray([1, 0], np.int32), np.zeros(2, np.int32), ones, ones, GAIN, -ones,
-                    STD, -ones / STD ** 2)
+  sampler = Sampler(timesteps=np.asarray([1.0, 0.0]), next_timesteps=np.zeros(2), alpha=ones,
+                    sigma=ones, alpha_next=ones, sigma_next=ones, x_coef=GAIN, out_coef=-ones,
+                    std=STD, clean_x_coef=ones, clean_out_coef=ones, correction=0 * ones)
 
   def denoise(variables, x, t, cond):
-    k = 1 - jnp.broadcast_to(t, x.shape[:1])
+    k = 1 - jnp.broadcast_to(t, x.shape[:1]).astype(jnp.int32)
     shift = variables["policy"]["shift"]
     return (variables["base"]["offset"][k] + shift[k * (shift.size > 1)])[:, None] + 0 * x
   return Models(
@@ -108,14 +110,17 @@ def test_gradient_of_the_affine_chain(objective, reward, expected):
   assert float(metrics["train/clip_fraction"]) == 0 and float(metrics["train/update_kl"]) < 1e-10
 
 
-def test_gradient_of_the_diffusion_chain():
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_gradient_of_the_diffusion_chain(path):
   """Data N(0.7, 0.5), R = x: dE[R] / d bias_k = -b_k times the gains of the steps after k."""
   steps, mean, var = 10, 0.7, 0.5
   data = analytic.Mixture(np.ones(1), np.asarray([[mean]]), np.asarray([var]))
-  models = analytic.make_models(data, analytic.linear_reward([1.0]), steps=steps)
+  models = analytic.make_models(data, analytic.linear_reward([1.0]), steps=steps,
+                                schedule=analytic.PATHS[path])
   s = models.sampler
-  gain = s.x_coef - s.eps_coef * np.sqrt(1 - s.abar) / (s.abar * var + 1 - s.abar)
-  exact = -s.eps_coef * np.append(np.cumprod(gain[::-1])[::-1][1:], 1.0)
+  gain = s.x_coef - s.out_coef * analytic.gaussian_line(
+      models.schedule, s.alpha, s.sigma, mean, var)[0]
+  exact = -s.out_coef * np.append(np.cumprod(gain[::-1])[::-1][1:], 1.0)
   state, new, experience, rewards, _ = first_update(
       models, unbiased(objective="clip"), lambda x: x[:, 0], 2 ** 15)
   got = steps * moved(state, new)["bias"][:-1, 0]
@@ -360,8 +365,8 @@ def test_branches_share_their_prefix():
     # The trained transitions are those of the kernel: x_{k+1} = mean + s z.
     s = models.sampler
     k = np.arange(start, 9)
-    mean = (s.x_coef[k, None] * x[:, :, k] - s.eps_coef[k, None]
-            * np.asarray(experience["eps"]).reshape(x.shape)[:, :, k])
+    mean = (s.x_coef[k, None] * x[:, :, k] - s.out_coef[k, None]
+            * np.asarray(experience["out"]).reshape(x.shape)[:, :, k])
     noise = np.asarray(experience["noise"]).reshape(x.shape)[:, :, k]
     np.testing.assert_allclose(x[:, :, k + 1], mean + s.std[k, None] * noise, atol=1e-5)
 
@@ -451,14 +456,14 @@ def test_what_is_recorded_is_f32_whatever_the_network_computes_in():
   models = dataclasses.replace(models, denoise=lambda v, x, t, c: denoise(
       v, x.astype(jnp.bfloat16).astype(jnp.float32), t, c).astype(jnp.bfloat16))
   _, _, experience, *_ = first_update(models, unbiased(), lambda x: x.sum(-1), 8)
-  for name in ("latents", "noise", "eps", "final"):
+  for name in ("latents", "noise", "out", "final"):
     assert experience[name].dtype == jnp.float32
   rounded = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32) == a
-  assert rounded(experience["eps"]).all()                     # the network's own, and no worse
+  assert rounded(experience["out"]).all()                     # the network's own, and no worse
   for name in ("latents", "noise", "final"):
     assert rounded(experience[name]).mean() < 1e-2
   sampler, k = models.sampler, jnp.arange(20)
-  x, noise, eps = (jnp.moveaxis(experience[name], 1, 0) for name in ("latents", "noise", "eps"))
+  x, noise, eps = (jnp.moveaxis(experience[name], 1, 0) for name in ("latents", "noise", "out"))
   after = jnp.concatenate([x[1:], experience["final"][None]])
   np.testing.assert_allclose(
       after, jax.vmap(sampler.mean)(k, x, eps) + sampler.at("std", k)[:, None, None] * noise,
@@ -632,12 +637,12 @@ def test_batches_are_whole_groups_and_parts():
     cfg.check_devices(8)
 
 
-@pytest.mark.parametrize("options", [dict(eta=0.0), dict(final="one")])
+@pytest.mark.parametrize("options", [dict(eta=0.0), dict(final="clean")])
 def test_a_step_without_noise_is_refused(options):
   data = analytic.Mixture(np.ones(1), np.zeros((1, 1)), np.ones(1))
   models = analytic.make_models(data, analytic.linear_reward([1.0]), steps=5, **options)
-  with pytest.raises(UserError, match=r"sample\.eta > 0 and sample\.final='alpha0'"):
-    pg.make(models, pg.Config(), OptimConfig())
+  with pytest.raises(UserError, match=r"'ddpo' needs noise .* sample\.final='noisy'"):
+    methods.make("ddpo", models, pg.Config(), OptimConfig())
 
 
 def test_guidance_is_part_of_the_policy():

@@ -14,19 +14,14 @@ import pytest
 from jaxalign.config.registry import load_method
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods import FlowNet, preference
-from jaxalign.methods.preference import (
-  PRESETS,
-  DPOConfig,
-  MaPOConfig,
-  SFTConfig,
-  denoising_errors,
-  dpo_loss,
-  draw,
-  log_phi,
-  mapo_loss,
-  phi,
-)
+from jaxalign.methods import FlowNet
+from jaxalign.methods.diffusion_dpo import Config as DPOConfig
+from jaxalign.methods.diffusion_dpo import dpo_loss
+from jaxalign.methods.mapo import PRESETS, log_phi, mapo_loss, phi
+from jaxalign.methods.mapo import Config as MaPOConfig
+from jaxalign.methods.sft import Config as SFTConfig
+from jaxalign.methods.shared import preference
+from jaxalign.methods.shared.preference import denoising_errors, draw
 from jaxalign.sampling import Schedule
 from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing import analytic
@@ -37,14 +32,14 @@ ONE = jnp.ones(1)
 DATA = analytic.Mixture(np.ones(1), np.zeros((1, 1)), np.ones(1))
 
 
-LINEAR = Schedule(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))        # of DDPM
+LINEAR = Schedule.variance_preserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))    # of DDPM
 
 
 def world(schedule=analytic.SD_SCHEDULE):
   """Models of N(0, 1) whose policy `{"delta": []}` is its mean."""
   def apply(params, x, t, cond):
-    abar = schedule.abar(jnp.broadcast_to(t, x.shape[:1]))
-    return -params["delta"] * jnp.sqrt(abar * (1 - abar))[:, None]
+    alpha, sigma = schedule.levels(jnp.broadcast_to(t, x.shape[:1]))
+    return -params["delta"] * (alpha * sigma)[:, None]
   policy = FlowNet(lambda key: {"delta": jnp.zeros(())}, apply)
   return analytic.make_models(DATA, analytic.linear_reward([1.0]), steps=4, policy=policy,
                               schedule=schedule)
@@ -223,7 +218,7 @@ def test_dpo_optimum_with_shared_noise(schedule, a, expected):
 
 def test_dpo_optimum_at_one_timestep_and_for_weak_rewards():
   """`a / c^2` at a single t, which is 4a near abar = 1/2; `a E c^2 / E c^4` for small a."""
-  abar = analytic.SD_SCHEDULE.alphas_cumprod
+  abar = analytic.SD_SCHEDULE.alphas**2
   t = int(np.abs(abar - 0.5).argmin())
   found = shared_noise_optimum(1.0, np.asarray([t]), analytic.SD_SCHEDULE)
   assert found == pytest.approx(1 / (abar[t] * (1 - abar[t])), rel=1e-4)
@@ -346,14 +341,16 @@ def test_prompt_dropout():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_errors_are_against_what_the_network_predicts(prediction):
   models = world()
-  schedule = dataclasses.replace(models.schedule, prediction=prediction)
+  schedule = analytic.FLOW_SCHEDULE if prediction == "flow" else dataclasses.replace(
+      models.schedule, prediction=prediction)
   zero = dataclasses.replace(models, schedule=schedule, denoise=lambda v, x, t, c: 0 * x)
   rows = {"latents": jax.random.normal(KEY, (4, 2, 3)), "t": jnp.asarray([0, 9, 500, 999]),
           "noise": jax.random.normal(jax.random.key(1), (4, 1, 3)), "cond": {}}
-  abar = schedule.alphas_cumprod[np.asarray(rows["t"])][:, None, None]
+  alpha, sigma = (a[np.asarray(rows["t"])][:, None, None]
+                  for a in (schedule.alphas, schedule.sigmas))
   x, noise = np.asarray(rows["latents"], np.float64), np.asarray(rows["noise"], np.float64)
-  target = {"epsilon": noise + 0 * x, "sample": x,
-            "v_prediction": np.sqrt(abar) * noise - np.sqrt(1 - abar) * x}[prediction]
+  target = {"epsilon": noise + 0 * x, "sample": x, "v_prediction": alpha * noise - sigma * x,
+            "flow": noise - x}[prediction]
   np.testing.assert_allclose(denoising_errors(zero, None, rows), np.square(target).mean(-1),
                              rtol=2e-5)
 

@@ -2,9 +2,12 @@
 import dataclasses
 import json
 import math
+from unittest import mock
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import runs
@@ -12,6 +15,7 @@ from jaxalign.config import registry
 from jaxalign.config.recipes import parse
 from jaxalign.data.pairs import open_pairs
 from jaxalign.errors import UserError
+from jaxalign.testing.fixture import make_pairs
 from jaxalign.train import loop
 from jaxalign.train.experiment import build
 from jaxalign.train.pairs import PairTable
@@ -68,6 +72,26 @@ def test_sd15_asks_for_pairs_and_model(name):
   with pytest.raises(UserError, match="model.path is empty"):
     loop.run(parse(config), runs.FOLDER / "no pairs")
   assert not (runs.FOLDER / "no pairs").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("caption", "a dog"), ("jpg_0", "jpg_1"), ("label_0", 0.5)])
+def test_a_run_on_pairs_that_have_changed_is_not_continued(tmp_path, key, value):
+  rows = [{"caption": row["caption"], "jpg_0": row["image_0"], "jpg_1": row["image_1"],
+           "label_0": row["label_0"], "label_1": 1 - row["label_0"]} for row in make_pairs()]
+  file = tmp_path / "pairs.parquet"
+  pq.write_table(pa.Table.from_pylist(rows), file)
+  cfg = runs.smoke("mapo", data__pairs=str(file))
+
+  def interrupted(*args):
+    raise KeyboardInterrupt
+  with mock.patch.object(loop, "Evaluator", interrupted), pytest.raises(KeyboardInterrupt):
+    loop.run(cfg, tmp_path / "run", jax.devices()[:1])
+  rows[1][key] = rows[1].get(value, value)
+  rows[1]["label_1"] = 1 - rows[1]["label_0"]
+  pq.write_table(pa.Table.from_pylist(rows), file)
+  with pytest.raises(UserError, match="another run: the contents of data.pairs have changed since"):
+    loop.run(cfg, tmp_path / "run", jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from jaxalign.config import registry
 from jaxalign.config.recipes import default, parse
 from jaxalign.errors import UserError
-from jaxalign.methods import reward_gradient
+from jaxalign.methods import draft, refl
 
 
 @dataclasses.dataclass
@@ -15,7 +15,7 @@ class EntryPoint:
   value: str = "other_package:method"
 
   def load(self):
-    return reward_gradient.refl
+    return refl
 
 
 def install(monkeypatch, *names):
@@ -27,10 +27,10 @@ def test_other_packages_add_methods(monkeypatch):
   with pytest.raises(UserError, match="method.name='theirs' is unknown; choose one of alignprop"):
     registry.load_method("theirs")
   install(monkeypatch, "theirs")
-  assert registry.load_method("theirs") is reward_gradient.refl
+  assert registry.load_method("theirs") is refl
   config = parse(default("theirs"))
-  assert config.method_name == "theirs" and isinstance(config.method, reward_gradient.refl.Config)
-  assert registry.load_method("draft") is reward_gradient.draft               # those of here stay
+  assert config.method_name == "theirs" and isinstance(config.method, refl.Config)
+  assert registry.load_method("draft") is draft               # those of here stay
   with pytest.raises(UserError, match="choose one of .*sft, theirs"):
     registry.load_method("their")
 

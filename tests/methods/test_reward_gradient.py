@@ -1,10 +1,10 @@
 """ReFL, DRaFT and AlignProp against closed forms, on the analytic world and the fixture UNet.
 
-With data N(m, v) the exact noise estimate is affine, so with a policy that adds
-`bias_k + slope_k x` the chain is `x_{k+1} = M_k x_k + d_k + s_k z_k`, and the gradient of
-`R = w x_N` follows by hand in f64: `d x_N / d eps_k = -b_k A_{k+1}`, where `A_{k+1}` is the product
-of what a change is multiplied by at the later steps: `M_j` where gradients run through the network,
-and `a_j` where the noise estimate is a constant.
+With data N(m, v) the exact output is affine, so with a policy that adds `bias_k + slope_k x` the
+chain is `x_{k+1} = M_k x_k + d_k + s_k z_k`, and the gradient of `R = w x_N` follows by hand in
+f64: `d x_N / d o_k = -b_k A_{k+1}`, where `A_{k+1}` is the product of what a change is multiplied
+by at the later steps: `M_j` where gradients run through the network, and `a_j` where its output is
+a constant.
 """
 import dataclasses
 import functools
@@ -17,22 +17,21 @@ import numpy as np
 import pytest
 
 import runs
+from jaxalign import methods
 from jaxalign.config import recipes
 from jaxalign.config.registry import load_method
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
-from jaxalign.methods import reward_gradient
-from jaxalign.methods.reward_gradient import (
-  AlignPropConfig,
-  Config,
-  DRaFTConfig,
-  ReFLConfig,
-  draw_active,
-)
+from jaxalign.methods.alignprop import Config as AlignPropConfig
+from jaxalign.methods.alignprop import draw_active
+from jaxalign.methods.draft import Config as DRaFTConfig
+from jaxalign.methods.refl import Config as ReFLConfig
+from jaxalign.methods.shared import reward_gradient
+from jaxalign.methods.shared.reward_gradient import Config
 from jaxalign.sampling import (
   Conditioning,
   differentiable_rollout,
-  guided_eps,
+  guided_output,
   make_sampler,
   step_noise,
 )
@@ -57,18 +56,24 @@ def policy_of(steps=STEPS, bias=0.1, slope=0.1):
   return {"bias": bias * levels, "slope": slope * levels}
 
 
-def chain(sampler, policy):
-  """`c_k + slope_k` and `M_k`, f64: slopes of the noise estimate and of the whole transition."""
-  slope = np.sqrt(1 - sampler.abar) / (sampler.abar * VAR + 1 - sampler.abar)
-  slope = slope + np.asarray(policy["slope"], np.float64)[:-1, 0]
-  return slope, sampler.x_coef - sampler.eps_coef * slope
+def line(models):
+  """Slope and offset of the exact output at every step, f64."""
+  s = models.sampler
+  return analytic.gaussian_line(models.schedule, s.alpha, s.sigma, MEAN, VAR)
 
 
-def output_gradient(sampler, policy, active):
-  """`d x_N / d eps_k [N]` where gradients run through the `active` steps only."""
-  through = np.where(active, chain(sampler, policy)[1], sampler.x_coef)
+def chain(models, policy):
+  """`c_k + slope_k` and `M_k`, f64: slopes of the output and of the whole transition."""
+  slope = line(models)[0] + np.asarray(policy["slope"], np.float64)[:-1, 0]
+  return slope, models.sampler.x_coef - models.sampler.out_coef * slope
+
+
+def output_gradient(models, policy, active):
+  """`d x_N / d o_k [N]` where gradients run through the `active` steps only."""
+  sampler = models.sampler
+  through = np.where(active, chain(models, policy)[1], sampler.x_coef)
   later = np.append(np.cumprod(through[::-1])[::-1][1:], 1.0)
-  return np.where(active, -sampler.eps_coef * later, 0.0)
+  return np.where(active, -sampler.out_coef * later, 0.0)
 
 
 def sampled(models, cfg, policy, size=ROWS, optim=DESCENT, batch=None):
@@ -96,7 +101,7 @@ def check_affine(models, cfg, active):
   policy = policy_of(models.sampler.steps)
   _, _, experience = sampled(models, cfg, policy)
   found = gradient(models, cfg, policy, rows_of(experience))
-  per_step = -W * output_gradient(models.sampler, policy, active)
+  per_step = -W * output_gradient(models, policy, active)
   x = np.zeros((ROWS, models.sampler.steps))            # gated steps need none
   kept = experience["latents"].shape[1] - 1
   x[:, models.sampler.steps - kept:] = np.asarray(experience["latents"])[:, :-1, 0]
@@ -110,9 +115,11 @@ def check_affine(models, cfg, active):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("last", [0, 1, 4])
-def test_draft_on_the_affine_chain(last, eta):
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_draft_on_the_affine_chain(last, eta, path):
   active = np.arange(STEPS) >= (STEPS - last if last else 0)
-  check_affine(world(eta=eta), DRaFTConfig(backprop_steps=last), active)
+  models = world(eta=eta, schedule=analytic.PATHS[path])
+  check_affine(models, DRaFTConfig(backprop_steps=last), active)
 
 
 def test_draft_on_the_fifty_step_chain():
@@ -127,27 +134,28 @@ def test_draft_k_of_all_steps_is_full():
   chex.assert_trees_all_equal(*found)
 
 
-def test_draft_and_reinforce_agree():
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_draft_and_reinforce_agree(path):
   """`mu_k + s_k^2 u_k`: d E[x_N] / du_k is A_{k+1} s_k^2 for both, REINFORCE within 4.5 errors.
 
   The score function estimate is `mean(x_N s_k z_k)`; 20000 trajectories of one batch.
   """
-  models, policy, n = world(), policy_of(), 20000
+  models, policy, n = world(schedule=analytic.PATHS[path]), policy_of(), 20000
   sampler = models.sampler
   found = gradient(models, DRAFT, policy, rows_of(sampled(models, DRAFT, policy)[2]))
-  direct = -found["bias"] / W * -sampler.std ** 2 / sampler.eps_coef
+  direct = -found["bias"] / W * -sampler.std ** 2 / sampler.out_coef
   latents = np.asarray(sampled(models, DRAFT, policy, n)[2]["latents"], np.float64)[..., 0]
   bias = np.asarray(policy["bias"], np.float64)[:-1, 0]
-  slope, gain = chain(sampler, policy)
-  offset = (slope - np.asarray(policy["slope"])[:-1, 0]) * np.sqrt(sampler.abar) * MEAN - bias
-  noise = latents[:, 1:] - gain * latents[:, :-1] - sampler.eps_coef * offset      # s_k z_k
+  _, gain = chain(models, policy)
+  offset = -line(models)[1] - bias
+  noise = latents[:, 1:] - gain * latents[:, :-1] - sampler.out_coef * offset      # s_k z_k
   draws = (latents[:, -1:] - latents[:, -1].mean()) * noise
   error = draws.std(0) / np.sqrt(n)
   assert np.all(np.abs(draws.mean(0) - direct) < 4.5 * error)
   assert np.sum(direct > 10 * error) > STEPS // 2         # the comparison has power
 
 
-@pytest.mark.parametrize("final", ["alpha0", "one"])
+@pytest.mark.parametrize("final", ["noisy", "clean"])
 @pytest.mark.parametrize("copies", [1, 4])
 def test_draft_lv_mean_and_variance(copies, final):
   """Of the slope's gradient, `w b z` with `z = sqrt(abar) x_N + sqrt(1 - abar) noise`.
@@ -164,7 +172,7 @@ def test_draft_lv_mean_and_variance(copies, final):
   found = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(policy, jax.random.split(KEY, keys))
   bias, slope = (np.asarray(found[name], np.float64)[:, :-1, 0] for name in ("bias", "slope"))
   assert not bias[:, :-1].any() and not slope[:, :-1].any()
-  factor, abar = W * sampler.eps_coef[-1], sampler.abar[-1]
+  factor, abar = W * sampler.out_coef[-1], sampler.alpha[-1] ** 2
   np.testing.assert_allclose(bias[:, -1], factor, rtol=1e-5)
   variance = factor ** 2 * (1 - abar) / (size * copies)
   mean = factor * np.sqrt(abar) * np.asarray(experience["final"], np.float64).mean()
@@ -176,11 +184,12 @@ def test_draft_lv_mean_and_variance(copies, final):
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "per_step"])
-def test_alignprop_on_the_affine_chain(kind):
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_alignprop_on_the_affine_chain(kind, path):
   """At steps without gradient a change is carried on by `a_k` alone."""
   active = np.asarray(draw_active(kind, KEY, STEPS))
   assert 0 < active.sum() < STEPS
-  check_affine(world(), AlignPropConfig(truncation=kind), active)
+  check_affine(world(schedule=analytic.PATHS[path]), AlignPropConfig(truncation=kind), active)
 
 
 def active_draws(kind, steps, keys=20000):
@@ -235,22 +244,23 @@ def test_truncation_of_very_short_chains():
 # ---- ReFL ---------------------------------------------------------------------------------------
 
 
-def test_refl_by_hand():
-  """One step of the window: `-d relu(target - w x0_hat) = w sqrt(1 - abar) / sqrt(abar)` if below.
-  """
-  models, policy = world(), policy_of()
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_refl_by_hand(path):
+  """One step of the window: `-d relu(target - w x0_hat) / d o = w q` if below, q of the path."""
+  models, policy = world(schedule=analytic.PATHS[path]), policy_of()
   cfg = ReFLConfig(window=1, objective="hinge", target=1.0, weight=0.3)
   _, _, experience = sampled(models, cfg, policy)
   found = gradient(models, cfg, policy, rows_of(experience))
-  x, abar = np.asarray(experience["latents"], np.float64)[:, 0, 0], models.sampler.abar[-1]
-  slope, _ = chain(models.sampler, policy)
-  exact = slope[-1] - float(policy["slope"][-2, 0])
-  eps = (exact * (x - np.sqrt(abar) * MEAN) + float(policy["bias"][-2, 0])
-         + float(policy["slope"][-2, 0]) * x)
-  reward = W * (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
+  x = np.asarray(experience["latents"], np.float64)[:, 0, 0]
+  slope, _ = chain(models, policy)
+  out = slope[-1] * x + line(models)[1][-1] + float(policy["bias"][-2, 0])
+  # x0_hat = p x - q o: (x - sigma eps) / alpha, and x - sigma u.
+  alpha, sigma = models.sampler.alpha[-1], models.sampler.sigma[-1]
+  p, q = (1 / alpha, sigma / alpha) if path == "vp" else (1.0, sigma)
+  reward = W * (p * x - q * out)
   below = reward < cfg.target
   assert 0.1 < below.mean() < 0.9
-  per_row = cfg.weight * W * np.sqrt(1 - abar) / np.sqrt(abar) * below
+  per_row = cfg.weight * W * q * below
   np.testing.assert_allclose(found["bias"], np.append(np.zeros(STEPS - 1), per_row.mean()),
                              rtol=1e-4)
   assert found["slope"][-1] == pytest.approx((per_row * x).mean(), rel=1e-4)
@@ -267,7 +277,7 @@ def test_refl_steps_are_uniform_over_the_window():
   _, _, experience = sampled(models, cfg, policy, size)
   assert experience["latents"].shape == (size, 5, 1)
   found = gradient(models, cfg, policy, rows_of(experience))["bias"]
-  share = found / (W * np.sqrt(1 - models.sampler.abar) / np.sqrt(models.sampler.abar))
+  share = found / (W * models.sampler.sigma / models.sampler.alpha)
   assert not share[:-4].any() and share.sum() == pytest.approx(1, rel=1e-4)
   assert np.all(np.abs(share[-4:] - 0.25) < 4.5 * np.sqrt(0.25 * 0.75 / size))
   assert np.abs(share[-4:] - 0.25).max() > 1e-4                   # drawn, not averaged
@@ -356,10 +366,8 @@ def test_a_curved_reward_collapses_to_its_maximum():
   models = world(QUADRATIC)
 
   def moments(policy):
-    slope, gain = chain(models.sampler, policy)
-    exact = slope - np.asarray(policy["slope"], np.float64)[:-1, 0]
-    offset = models.sampler.eps_coef * (
-        exact * np.sqrt(models.sampler.abar) * MEAN - np.asarray(policy["bias"])[:-1, 0])
+    _, gain = chain(models, policy)
+    offset = -models.sampler.out_coef * (line(models)[1] + np.asarray(policy["bias"])[:-1, 0])
     mean, var = 0.0, 1.0
     for k in range(STEPS):
       mean, var = gain[k] * mean + offset[k], gain[k] ** 2 * var + models.sampler.std[k] ** 2
@@ -428,7 +436,7 @@ def test_bad_values_name_their_key(make, message):
 @pytest.mark.parametrize("cfg", KINDS, ids=lambda cfg: type(cfg).__name__)
 def test_black_box_rewards_are_refused(cfg):
   with pytest.raises(UserError, match=r"reward\.names holds a black-box reward"):
-    reward_gradient.make(dataclasses.replace(world(), score=None), cfg, DESCENT)
+    methods.make("draft", dataclasses.replace(world(), score=None), cfg, DESCENT)
 
 
 def test_registry():
@@ -487,7 +495,7 @@ def test_gradient_through_the_network_is_that_of_a_differentiated_rollout():
   text = jax.random.normal(jax.random.key(1), (2, 2, 16, 32))
   batch = dict(analytic.make_batch(2), conditioning=Conditioning({"text": text[0]},
                                                                  {"text": text[1]}))
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
+  output_fn = guided_output(models.denoise, models.guidance)
 
   @jax.jit
   def both(policy, frozen):
@@ -501,7 +509,7 @@ def test_gradient_through_the_network_is_that_of_a_differentiated_rollout():
     noise = jnp.stack([step_noise(KEY, batch["sample_ids"], models.latent_shape, k)
                        for k in range(3)])
     expected = jax.grad(lambda policy: -models.score(None, differentiable_rollout(
-        eps_fn, models.combine(policy, frozen["base"]), sampler, batch["conditioning"],
+        output_fn, models.combine(policy, frozen["base"]), sampler, batch["conditioning"],
         latents[0], noise)[0], None).mean())(policy)
     return found, expected
 

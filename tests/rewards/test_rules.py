@@ -130,15 +130,38 @@ def test_wrong_config(names, weights, message):
 class _EntryPoint:
   value = "other_package:reward"
 
-  def __init__(self, name):
-    self.name = name
+  def __init__(self, name, reward):
+    self.name, self._reward = name, reward
 
   def load(self):
-    return lambda: Reward("theirs", {}, lambda prompts: {}, lambda p, x, c: x.sum((1, 2, 3)))
+    return lambda: self._reward
 
 
-def _install(monkeypatch, name):
-  monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [_EntryPoint(name)])
+_SUM = Reward("theirs", {}, lambda prompts: {}, lambda p, x, c: x.sum((1, 2, 3)))
+
+
+def _install(monkeypatch, name, reward=_SUM):
+  monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [_EntryPoint(name, reward)])
+
+
+@pytest.mark.parametrize("pad", [8, 0])
+def test_a_mixed_sum_prepares_each_prompt_once(monkeypatch, pad):
+  """Embedding a prompt takes a network; the prompts of a run are the same at every step."""
+  asked = []
+
+  def prepare(prompts):
+    asked.extend(prompts)
+    width = pad or max(map(len, prompts))
+    return {"letters": np.stack([np.pad(np.ones(len(p), np.float32), (0, width - len(p)))
+                                 for p in prompts])}
+  score = lambda params, images, prepared: prepared["letters"].sum(1) + images.mean((1, 2, 3))
+  _install(monkeypatch, "length", Reward("length", {}, prepare, score))
+  reward = make_reward(("length", "jpeg_compressibility"), (1.0, 0.0))
+  images = np.zeros((3, 8, 8, 3), np.uint8)
+  for prompts in (["a", "bb", "a"], ["bb", "bb", "ccc"], ["ccc", "a", "bb"]):
+    np.testing.assert_array_equal(reward.score(images, prompts), [len(p) for p in prompts])
+  if pad:                        # else a prompt's row depends on the others of its call
+    assert sorted(asked) == ["a", "bb", "ccc"]
 
 
 def test_other_packages_add_rewards(monkeypatch):

@@ -1,11 +1,20 @@
 """Classifier-free guidance: one batched call equals two, and skips what it does not need."""
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.sampling import Conditioning, Schedule, guided, guided_eps, make_sampler, rollout
+from jaxalign.sampling import (
+    Conditioning,
+    branches,
+    guided,
+    guided_output,
+    make_sampler,
+    rollout,
+)
+from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing import analytic
 
 
@@ -39,18 +48,14 @@ def test_batched_guidance_equals_two_calls(t):
   np.testing.assert_allclose(got.combined, uncond + 5.0 * (cond - uncond), rtol=1e-6, atol=1e-6)
 
 
-def test_scale_one_skips_the_unconditional_branch():
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_scales_up_to_one_are_off(scale):
+  """As in the pipelines: the conditional branch alone."""
   params, x, conditioning = example()
   denoise = Recorder()
-  got = guided(denoise, 1.0)(params, x, jnp.asarray(3), conditioning)
-  assert denoise.batches == [3] and got.uncond is None
+  got = guided(denoise, scale)(params, x, jnp.asarray(3), conditioning)
+  assert denoise.batches == [3] and got.uncond is None and branches(scale) == 1
   np.testing.assert_array_equal(got.combined, denoise(params, x, jnp.asarray(3), conditioning.cond))
-
-
-def test_scale_zero_is_unconditional():
-  params, x, conditioning = example()
-  got = guided(Recorder(), 0.0)(params, x, jnp.asarray(3), conditioning)
-  np.testing.assert_array_equal(got.combined, got.uncond)
 
 
 def test_rows_stay_apart():
@@ -63,42 +68,35 @@ def test_rows_stay_apart():
   np.testing.assert_array_equal(moved.combined, whole[order])
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_guided_eps_converts_after_combining(prediction):
-  """Conversion is affine in the prediction, so guiding eps or the raw output is the same."""
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guidance_is_the_same_in_every_unit(prediction):
+  """Conversion is affine in the output, so guiding noise estimates or outputs is the same."""
   params, x, conditioning = example()
-  schedule = Schedule(analytic.SD_SCHEDULE.alphas_cumprod, prediction)
+  schedule = dataclasses.replace(analytic.SD_SCHEDULE, prediction=prediction)
   t = jnp.asarray([20, 500, 981])
-  got = guided_eps(Recorder(), schedule, 5.0)(params, x, t, conditioning)
+  got = schedule.to_eps(guided_output(Recorder(), 5.0)(params, x, t, conditioning), x, t)
   cond, uncond = (schedule.to_eps(Recorder()(params, x, t, c), x, t) for c in conditioning)
   np.testing.assert_allclose(got, uncond + 5.0 * (cond - uncond), rtol=1e-4, atol=1e-4)
 
 
-def test_guided_rollout_of_gaussians_extrapolates_the_mean():
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_guided_rollout_of_gaussians_extrapolates_the_mean(path):
   """Gaussians of one variance: guidance between means u and c gives the mean u + w (c - u)."""
   base = {"log_weights": jnp.zeros(1), "variances": jnp.full(1, 0.5)}
-  schedule, scale, rows = analytic.SD_SCHEDULE, 3.0, 6
+  schedule, scale, rows = analytic.PATHS[path], 3.0, 6
   sampler = make_sampler(schedule, 10)
 
   def denoise(params, x, t, cond):
-    row = lambda x, t, m: analytic.exact_eps(
-      dict(params, means=m[None]), x[None], schedule.abar(t)
-    )[0]
+    row = lambda x, t, m: analytic.exact_output(
+        schedule, dict(params, means=m[None]), x[None], t)[0]
     return jax.vmap(row)(x, jnp.broadcast_to(t, x.shape[:1]), cond["m"])
 
   c, u = jax.random.normal(jax.random.key(3), (2, rows, 2))
   run = lambda conditioning, w: rollout(
-    guided_eps(denoise, schedule, w),
-    base,
-    sampler,
-    conditioning,
-    jax.random.key(4),
-    jnp.arange(rows),
-    (2,),
-  )
+      guided_output(denoise, w), base, sampler, conditioning, jax.random.key(4), jnp.arange(rows),
+      (2,))
   guided_run = run(Conditioning({"m": c}, {"m": u}), scale)
   direct = run(Conditioning({"m": u + scale * (c - u)}, {"m": u}), 1.0)
   np.testing.assert_allclose(guided_run.latents, direct.latents, atol=2e-4)
-  assert (
-    np.abs(np.asarray(direct.final - run(Conditioning({"m": c}, {"m": u}), 1.0).final)).max() > 0.5
-  )
+  plain = run(Conditioning({"m": c}, {"m": u}), 1.0)
+  assert np.abs(np.asarray(direct.final - plain.final)).max() > 0.5

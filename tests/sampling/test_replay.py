@@ -9,7 +9,7 @@ import pytest
 from jaxalign.sampling import (
     Conditioning,
     differentiable_rollout,
-    guided_eps,
+    guided_output,
     replay,
     rollout,
     transition,
@@ -21,28 +21,28 @@ MIXTURE = analytic.Mixture(
     np.asarray([0.6, 0.4]), np.asarray([[-1.0, 0.0], [1.0, 0.5]]), np.asarray([0.2, 0.3]))
 MODELS = analytic.make_models(MIXTURE, analytic.linear_reward([1.0, 0.0]), steps=STEPS)
 SAMPLER, BASE = MODELS.sampler, MODELS.frozen["base"]
-EPS = guided_eps(MODELS.denoise, MODELS.schedule, 1.0)
+OUTPUT = guided_output(MODELS.denoise, 1.0)
 LEVELS = jnp.linspace(0.5, 1.5, STEPS + 1)[:, None] * jnp.ones((1, 2))
 POLICY = {"bias": 0.1 * LEVELS, "slope": 0.05 * LEVELS}
 NOTHING = Conditioning({}, {})
-WHOLE = rollout(EPS, MODELS.combine(POLICY, BASE), SAMPLER, NOTHING, jax.random.key(11),
+WHOLE = rollout(OUTPUT, MODELS.combine(POLICY, BASE), SAMPLER, NOTHING, jax.random.key(11),
                 jnp.arange(ROWS), (2,))
 
 
-def policy_eps(policy, x, t, base):
-  return EPS(MODELS.combine(policy, base), x, t, NOTHING)
+def policy_output(policy, x, t, base):
+  return OUTPUT(MODELS.combine(policy, base), x, t, NOTHING)
 
 
 def replayed(policy, latents, active):
-  return replay(policy_eps, SAMPLER, policy, BASE, latents, active)
+  return replay(policy_output, SAMPLER, policy, BASE, latents, active)
 
 
 def sampled_again(policy, active):
-  """A plain loop: noise estimates are constants where they are not active."""
+  """A plain loop: outputs of the network are constants where they are not active."""
   x = WHOLE.latents[STEPS - len(active)]
   for k, on in zip(range(STEPS - len(active), STEPS), active):
-    eps_fn = lambda *args: EPS(*args) if on else jax.lax.stop_gradient(EPS(*args))
-    x, _, _ = transition(eps_fn, MODELS.combine(policy, BASE), SAMPLER, k, x, WHOLE.noise[k],
+    output_fn = lambda *args: OUTPUT(*args) if on else jax.lax.stop_gradient(OUTPUT(*args))
+    x, _, _ = transition(output_fn, MODELS.combine(policy, BASE), SAMPLER, k, x, WHOLE.noise[k],
                          NOTHING)
   return x
 
@@ -60,7 +60,7 @@ def test_value_is_what_was_sampled():
 def test_gradient_is_that_of_a_differentiated_rollout(last):
   start = STEPS - last
   plain = gradient(lambda policy: differentiable_rollout(
-      EPS, MODELS.combine(policy, BASE), SAMPLER, NOTHING, WHOLE.latents[start],
+      OUTPUT, MODELS.combine(policy, BASE), SAMPLER, NOTHING, WHOLE.latents[start],
       WHOLE.noise[start:], start=start, remat="none")[0])
   found = gradient(lambda policy: replayed(policy, WHOLE.latents[start:], jnp.ones(last, bool)))
   chex.assert_trees_all_close(found, plain, rtol=1e-4, atol=1e-6)
@@ -69,7 +69,7 @@ def test_gradient_is_that_of_a_differentiated_rollout(last):
 
 
 def test_gradient_of_any_set_of_steps_in_one_program():
-  """The set is traced; the oracle stops gradients at the noise estimates that are not in it."""
+  """The set is traced; the oracle stops gradients at the outputs that are not in it."""
   @jax.jit
   @chex.assert_max_traces(n=1)
   def found(active):
@@ -84,12 +84,12 @@ def test_gradient_of_any_set_of_steps_in_one_program():
 
 def test_deterministic_sampler():
   models = analytic.make_models(
-      MIXTURE, analytic.linear_reward([1.0, 0.0]), steps=STEPS, eta=0.0, final="one")
+      MIXTURE, analytic.linear_reward([1.0, 0.0]), steps=STEPS, eta=0.0, final="clean")
   variables = lambda policy: models.combine(policy, BASE)
-  whole = rollout(EPS, variables(POLICY), models.sampler, NOTHING, jax.random.key(1),
+  whole = rollout(OUTPUT, variables(POLICY), models.sampler, NOTHING, jax.random.key(1),
                   jnp.arange(ROWS), (2,))
   plain = jax.jit(lambda: gradient(lambda policy: differentiable_rollout(
-      EPS, variables(policy), models.sampler, NOTHING, whole.latents[0], whole.noise)[0]))()
+      OUTPUT, variables(policy), models.sampler, NOTHING, whole.latents[0], whole.noise)[0]))()
   found = jax.jit(lambda: gradient(lambda policy: replay(
-      policy_eps, models.sampler, policy, BASE, whole.latents, jnp.ones(STEPS, bool))))()
+      policy_output, models.sampler, policy, BASE, whole.latents, jnp.ones(STEPS, bool))))()
   chex.assert_trees_all_close(found, plain, rtol=1e-4, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from jaxalign.sampling import (
   Conditioning,
   differentiable_rollout,
-  guided_eps,
+  guided_output,
   initial_noise,
   rollout,
   step_noise,
@@ -21,7 +21,7 @@ MIXTURE = analytic.Mixture(
   np.asarray([0.6, 0.4]), np.asarray([[-1.0, 0.0], [1.0, 0.5]]), np.asarray([0.2, 0.3])
 )
 MODELS = analytic.make_models(MIXTURE, analytic.linear_reward([1.0, 0.0]), steps=STEPS)
-EPS = guided_eps(MODELS.denoise, MODELS.schedule, 1.0)
+OUTPUT = guided_output(MODELS.denoise, 1.0)
 REFERENCE = MODELS.combine(None, MODELS.frozen["base"])
 NOTHING = Conditioning({}, {})
 KEY = jax.random.key(11)
@@ -36,13 +36,13 @@ def policy(bias=0.1, slope=0.05):
 
 def run(ids=None, variables=REFERENCE, **options):
   ids = jnp.arange(ROWS) if ids is None else jnp.asarray(ids)
-  return rollout(EPS, variables, MODELS.sampler, NOTHING, KEY, ids, (2,), **options)
+  return rollout(OUTPUT, variables, MODELS.sampler, NOTHING, KEY, ids, (2,), **options)
 
 
 def test_shapes_and_contents():
   whole = run()
   chex.assert_shape(whole.latents, (STEPS + 1, ROWS, 2))
-  chex.assert_shape((whole.noise, whole.eps), (STEPS, ROWS, 2))
+  chex.assert_shape((whole.noise, whole.out), (STEPS, ROWS, 2))
   chex.assert_shape(whole.log_prob, (STEPS, ROWS))
   chex.assert_tree_all_finite(whole._replace(sample_ids=None, timesteps=None))
   np.testing.assert_array_equal(whole.timesteps, MODELS.sampler.timesteps)
@@ -53,11 +53,11 @@ def test_shapes_and_contents():
     np.testing.assert_array_equal(whole.noise[k], step_noise(KEY, jnp.arange(ROWS), (2,), k))
     np.testing.assert_allclose(
       whole.latents[k + 1],
-      s.x_coef[k] * whole.latents[k] - s.eps_coef[k] * whole.eps[k] + s.std[k] * whole.noise[k],
+      s.x_coef[k] * whole.latents[k] - s.out_coef[k] * whole.out[k] + s.std[k] * whole.noise[k],
       atol=2e-6,
     )
     np.testing.assert_allclose(
-      whole.eps[k], EPS(REFERENCE, whole.latents[k], int(s.timesteps[k]), NOTHING), atol=1e-6
+      whole.out[k], OUTPUT(REFERENCE, whole.latents[k], int(s.timesteps[k]), NOTHING), atol=1e-6
     )
 
 
@@ -75,7 +75,7 @@ def test_one_program_serves_every_interval_bit_for_bit():
     np.testing.assert_array_equal(suffix.latents[cut:], whole.latents[cut:])
     assert np.all(np.asarray(prefix.latents[cut + 1 :]) == 0)
     assert np.all(np.asarray(suffix.latents[:cut]) == np.asarray(whole.latents[cut])[None])
-    for name in ("noise", "eps", "log_prob"):
+    for name in ("noise", "out", "log_prob"):
       a, b, c = (np.asarray(getattr(t, name)) for t in (prefix, suffix, whole))
       np.testing.assert_array_equal(np.concatenate([a[:cut], b[cut:]]), c)
 
@@ -108,7 +108,7 @@ def test_log_prob_is_that_of_the_sampler():
   variables = MODELS.combine(policy(), MODELS.frozen["base"])
   whole = run(variables=variables)
   for k in range(STEPS):
-    mean = MODELS.sampler.mean(k, whole.latents[k], whole.eps[k])
+    mean = MODELS.sampler.mean(k, whole.latents[k], whole.out[k])
     np.testing.assert_allclose(
       whole.log_prob[k], MODELS.sampler.log_prob(k, whole.latents[k + 1], mean), atol=1e-4
     )
@@ -117,7 +117,7 @@ def test_log_prob_is_that_of_the_sampler():
 def test_deterministic_sampler_ignores_noise_and_has_log_prob_zero():
   models = analytic.make_models(MIXTURE, analytic.linear_reward([1.0, 0.0]), steps=STEPS, eta=0.0)
   go = lambda noise: rollout(
-    EPS, REFERENCE, models.sampler, NOTHING, KEY, jnp.arange(ROWS), (2,), noise=noise
+    OUTPUT, REFERENCE, models.sampler, NOTHING, KEY, jnp.arange(ROWS), (2,), noise=noise
   )
   a, b = go(jnp.zeros((STEPS, ROWS, 2))), go(jnp.ones((STEPS, ROWS, 2)))
   np.testing.assert_array_equal(a.final, b.final)
@@ -128,12 +128,12 @@ def test_deterministic_sampler_ignores_noise_and_has_log_prob_zero():
 def test_differentiable_rollout_equals_rollout(remat):
   whole = run()
   final, after = differentiable_rollout(
-    EPS, REFERENCE, MODELS.sampler, NOTHING, whole.latents[0], whole.noise, remat=remat
+    OUTPUT, REFERENCE, MODELS.sampler, NOTHING, whole.latents[0], whole.noise, remat=remat
   )
   np.testing.assert_allclose(after, whole.latents[1:], atol=1e-5)
   np.testing.assert_array_equal(final, after[-1])
   part, _ = differentiable_rollout(
-    EPS,
+    OUTPUT,
     REFERENCE,
     MODELS.sampler,
     NOTHING,
@@ -149,7 +149,7 @@ def test_differentiable_rollout_equals_rollout(remat):
 def objective(inputs, remat):
   variables = MODELS.combine(inputs["policy"], MODELS.frozen["base"])
   final, _ = differentiable_rollout(
-    EPS, variables, MODELS.sampler, NOTHING, inputs["x"], inputs["noise"], remat=remat
+    OUTPUT, variables, MODELS.sampler, NOTHING, inputs["x"], inputs["noise"], remat=remat
   )
   return jnp.sin(final).sum()
 
@@ -195,7 +195,7 @@ def test_moments_of_the_fifty_step_chain():
   x = jax.jit(
     lambda: (
       rollout(
-        guided_eps(models.denoise, models.schedule, 1.0),
+        guided_output(models.denoise, 1.0),
         models.combine(None, models.frozen["base"]),
         models.sampler,
         NOTHING,

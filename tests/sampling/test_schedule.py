@@ -1,4 +1,5 @@
 """Schedules and transition tables: tables of the method spec, scipy, and PyTorch parity."""
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from jaxalign.errors import UserError
 from jaxalign.sampling import Schedule, make_sampler
 from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing.analytic import SD_SCHEDULE
+
+FLOW = Schedule.flow()
+TRAINED = PREDICTIONS[:3]     # of variance-preserving schedules
 
 SD_CONFIG = dict(
   num_train_timesteps=1000,
@@ -40,15 +44,16 @@ def test_stable_diffusion_table():
     # One unit of the last printed digit.
     assert sampler.lam[k] == pytest.approx(lam, abs=10.0 ** -len(str(lam).split(".")[1]))
     assert sampler.std[k] == pytest.approx(std, abs=1e-3 if std > 0.1 else 1e-4)
-  assert sampler.abar_next[-1] == pytest.approx(0.99915, abs=1e-8)
+  assert sampler.alpha_next[-1] ** 2 == pytest.approx(0.99915, abs=1e-8)
   # Closed forms of the eta = 1 transition.
-  alpha = sampler.abar / sampler.abar_next
+  abar, abar_next = sampler.alpha**2, sampler.alpha_next**2
+  alpha = abar / abar_next
   np.testing.assert_allclose(sampler.x_coef, alpha**-0.5, rtol=1e-12)
   np.testing.assert_allclose(
-    sampler.std**2, (1 - sampler.abar_next) / (1 - sampler.abar) * (1 - alpha), rtol=1e-12
+    sampler.std**2, (1 - abar_next) / (1 - abar) * (1 - alpha), rtol=1e-12
   )
   np.testing.assert_allclose(
-    sampler.lam, np.sqrt(1 - sampler.abar) / np.sqrt(alpha) / (1 - sampler.abar_next), rtol=1e-9
+    sampler.lam, np.sqrt(1 - abar) / np.sqrt(alpha) / (1 - abar_next), rtol=1e-9
   )
 
 
@@ -57,24 +62,23 @@ def test_chain_of_a_gaussian_keeps_the_marginals_in_the_limit():
   sampler = make_sampler(SD_SCHEDULE, 1000, spacing="trailing")
   mean, var = 0.0, 1.0
   for k in range(999):
-    v = sampler.abar[k] * 0.5 + 1 - sampler.abar[k]
-    slope = np.sqrt(1 - sampler.abar[k]) / v
-    gain = sampler.x_coef[k] - sampler.eps_coef[k] * slope
-    mean = gain * mean + sampler.eps_coef[k] * slope * np.sqrt(sampler.abar[k]) * 0.7
+    slope = sampler.sigma[k] / (sampler.alpha[k] ** 2 * 0.5 + sampler.sigma[k] ** 2)
+    gain = sampler.x_coef[k] - sampler.out_coef[k] * slope
+    mean = gain * mean + sampler.out_coef[k] * slope * sampler.alpha[k] * 0.7
     var = gain**2 * var + sampler.std[k] ** 2
   assert mean == pytest.approx(0.7, rel=0.01) and var == pytest.approx(0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("final", ["alpha0", "one"])
+@pytest.mark.parametrize("final", ["noisy", "clean"])
 def test_transition_has_the_marginal_of_the_next_level(eta, final):
   """With the true eps, `x_{k+1} = sqrt(abar') x_0 + sqrt(1 - abar') eps'`: what defines DDIM."""
   s = make_sampler(SD_SCHEDULE, 20, eta=eta, final=final)
-  np.testing.assert_allclose(s.x_coef * np.sqrt(s.abar), np.sqrt(s.abar_next), rtol=1e-12)
-  noise = s.x_coef * np.sqrt(1 - s.abar) - s.eps_coef
-  np.testing.assert_allclose(noise**2 + s.std**2, 1 - s.abar_next, atol=1e-12)
+  np.testing.assert_allclose(s.x_coef * s.alpha, s.alpha_next, rtol=1e-12)
+  noise = s.x_coef * s.sigma - s.out_coef
+  np.testing.assert_allclose(noise**2 + s.std**2, s.sigma_next**2, atol=1e-12)
   assert np.all(np.isinf(s.lam) == (s.std == 0))
-  assert (s.std == 0).sum() == (20 if eta == 0 else final == "one")
+  assert (s.std == 0).sum() == (20 if eta == 0 else final == "clean")
 
 
 def test_log_prob_matches_scipy():
@@ -96,30 +100,40 @@ def test_log_prob_matches_scipy():
 
 
 def test_log_prob_is_zero_where_deterministic():
-  sampler = make_sampler(SD_SCHEDULE, 10, final="one")
+  sampler = make_sampler(SD_SCHEDULE, 10, final="clean")
   x = jnp.ones((2, 3))
   assert np.all(np.asarray(sampler.log_prob(9, x, x)) == 0)
   grad = jax.grad(lambda m: sampler.log_prob(9, x, m).sum())(x + 1)
   assert np.all(np.asarray(grad) == 0)
 
 
+def network_output(prediction, x_0, eps, alpha, sigma):
+  """The table of outputs, written down again."""
+  return {"epsilon": eps, "sample": x_0, "v_prediction": alpha * eps - sigma * x_0,
+          "flow": eps - x_0}[prediction]
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_prediction_conversions_invert(prediction):
-  schedule = Schedule(SD_SCHEDULE.alphas_cumprod, prediction)
+def test_estimates_from_the_output(prediction):
+  """Clean and noise estimates of a perfect output, and its target; also between whole times."""
+  schedule = FLOW if prediction == "flow" else dataclasses.replace(
+      SD_SCHEDULE, prediction=prediction)
   rng = np.random.default_rng(1)
-  x_0, eps = rng.normal(size=(2, 3, 4)).astype(np.float32)
-  t = jnp.asarray([20, 500, 999])
+  x_0, eps = rng.normal(size=(2, 4, 5)).astype(np.float32)
+  t = np.asarray([20, 500, 999, 321.5], np.float32)
+  alpha, sigma = (np.interp(t, np.arange(len(a)), a)[:, None]
+                  for a in (schedule.alphas, schedule.sigmas))
+  for got, expected in zip(schedule.levels(t), (alpha, sigma)):
+    np.testing.assert_allclose(got, expected[:, 0], rtol=2e-6)
   x_t = schedule.add_noise(x_0, eps, t)
-  abar = SD_SCHEDULE.alphas_cumprod[np.asarray(t)][:, None]
-  truth = {
-    "epsilon": eps,
-    "sample": x_0,
-    "v_prediction": np.sqrt(abar) * eps - np.sqrt(1 - abar) * x_0,
-  }[prediction]
-  # x_0 is recovered from eps at abar_999 = 0.0047: rounding is amplified by 1 / sqrt(abar) = 15.
-  np.testing.assert_allclose(schedule.from_eps(eps, x_t, t), truth, atol=1e-5)
-  np.testing.assert_allclose(schedule.to_eps(truth.astype(np.float32), x_t, t), eps, atol=1e-5)
-  np.testing.assert_allclose(schedule.to_x0(eps, x_t, t), x_0, atol=1e-5)
+  np.testing.assert_allclose(x_t, alpha * x_0 + sigma * eps, atol=1e-6)
+  truth = network_output(prediction, x_0, eps, alpha, sigma)
+  np.testing.assert_allclose(schedule.target(x_0, eps, t), truth, atol=1e-6)
+  out = jnp.asarray(truth, jnp.float32)
+  # v's rotation undoes the noising on the unit circle, which chords between whole times leave.
+  # eps: x_0 is recovered at alpha_999 = 0.07, where rounding is amplified 15 times.
+  np.testing.assert_allclose(schedule.to_eps(out, x_t, t), eps, atol=1e-5)
+  np.testing.assert_allclose(schedule.to_x0(out, x_t, t), x_0, atol=1e-5)
 
 
 def parity(torch_scheduler, config, kind, prediction, steps, eta, step_options, sampler_options):
@@ -135,20 +149,22 @@ def parity(torch_scheduler, config, kind, prediction, steps, eta, step_options, 
   for k, t in enumerate(sampler.timesteps):
     # A prediction as a network makes it: eps of unit size, in the network's own parametrisation.
     eps = rng.normal(size=x.shape).astype(np.float32)
-    out = np.asarray(schedule.from_eps(eps, x, int(t)))
+    alpha, sigma = schedule.alphas[int(t)], schedule.sigmas[int(t)]
+    out = {"epsilon": eps, "sample": (x - sigma * eps) / alpha,
+           "v_prediction": (eps - sigma * x) / alpha}[prediction].astype(np.float32)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(k))
     expected = scheduler.step(
       torch.tensor(out), torch.tensor(int(t)), torch.tensor(x), **step_options(k, noise)
     ).prev_sample.numpy()
     ours = (
-      sampler.mean(k, x, schedule.to_eps(out, x, int(t))) + sampler.at("std", k) * noise.numpy()
+      sampler.mean(k, x, out) + sampler.at("std", k) * noise.numpy()
     )
     np.testing.assert_allclose(ours, expected, atol=1e-5, err_msg=f"step {k}, t={t}")
     x = expected / max(1.0, np.abs(expected).std())
 
 
 @pytest.mark.parametrize("alpha_one", [False, True])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", TRAINED)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
   "spacing, offset, steps", [("leading", 1, 50), ("leading", 0, 7), ("trailing", 0, 20)]
@@ -176,7 +192,7 @@ def test_ddim_parity(spacing, offset, steps, eta, prediction, alpha_one):
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", TRAINED)
 @pytest.mark.parametrize(
   "spacing, offset, steps", [("leading", 1, 50), ("leading", 0, 10), ("trailing", 0, 7)]
 )
@@ -199,7 +215,7 @@ def test_ddpm_parity(spacing, offset, steps, prediction, variance):
     steps,
     0.0,
     lambda k, noise: dict(generator=torch.Generator().manual_seed(k)),
-    dict(final="one", variance=variance),
+    dict(final="clean", variance=variance),
   )
 
 
@@ -212,31 +228,31 @@ def test_timesteps_match_pytorch(spacing, steps):
   )
   scheduler.set_timesteps(steps)
   sampler = make_sampler(
-    Schedule(SD_SCHEDULE.alphas_cumprod, steps_offset=0), steps, spacing=spacing
+    dataclasses.replace(SD_SCHEDULE, steps_offset=0), steps, spacing=spacing
   )
   np.testing.assert_array_equal(sampler.timesteps, scheduler.timesteps.numpy())
 
 
 def test_ddpm_small_equals_ddim_eta_one():
   a, b = (make_sampler(SD_SCHEDULE, 25, kind=kind, eta=1.0) for kind in ("ddpm", "ddim"))
-  for name in ("x_coef", "eps_coef", "std", "lam"):
+  for name in ("x_coef", "out_coef", "std", "lam"):
     np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
 def test_from_config_reads_the_conventions():
   schedule = Schedule.from_config(dict(SD_CONFIG, steps_offset=1, set_alpha_to_one=False))
-  np.testing.assert_allclose(schedule.alphas_cumprod, SD_SCHEDULE.alphas_cumprod, rtol=1e-12)
+  np.testing.assert_allclose(schedule.alphas, SD_SCHEDULE.alphas, rtol=1e-12)
   assert (schedule.prediction, schedule.steps_offset, schedule.spacing, schedule.final) == (
     "epsilon",
     1,
     "leading",
-    "alpha0",
+    "noisy",
   )
   linear = Schedule.from_config({})
-  assert linear.final == "one" and linear.steps_offset == 0
-  assert linear.alphas_cumprod[0] == pytest.approx(1 - 1e-4)
+  assert linear.final == "clean" and linear.steps_offset == 0
+  assert linear.alphas[0] ** 2 == pytest.approx(1 - 1e-4)
   trained = Schedule.from_config({"trained_betas": [0.1, 0.2]})
-  np.testing.assert_allclose(trained.alphas_cumprod, [0.9, 0.72])
+  np.testing.assert_allclose(trained.alphas**2, [0.9, 0.72])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +260,7 @@ def test_from_config_reads_the_conventions():
   [
     (dict(beta_schedule="squaredcos_cap_v2"), "beta_schedule"),
     (dict(prediction_type="flow"), "prediction_type"),
-    (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    (dict(rescale_betas_zero_snr=True), "prediction_type='epsilon'"),
     (dict(thresholding=True), "thresholding"),
     (dict(clip_sample=True), "clip_sample"),
   ],

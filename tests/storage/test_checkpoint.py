@@ -96,22 +96,35 @@ def test_damaged_files_are_an_error_that_names_the_folder(tmp_path, damage):
                        else bytes(b ^ 255 for b in content))
   assert data
   checkpoints = Checkpointer(folder)
-  message = r"cannot read checkpoint: [^\n]*; delete .*2 to go on"
+  message = r"cannot read checkpoint: [^\n]*; move .*2 elsewhere to go on"
   with pytest.raises(UserError, match=message) as error:
     checkpoints.restore(tree())
   assert str(folder) in str(error.value) and "\n" not in str(error.value)
   assert_equal(checkpoints.restore(tree(), 1)[0], tree(1))       # the one before is untouched
 
 
-@pytest.mark.parametrize("name, other", [
-    ("shape", lambda: {**tree(), "policy": {"a": jnp.zeros((3, 2)), "b": jnp.zeros((3, 2))}}),
-    ("missing", lambda: {k: v for k, v in tree().items() if k != "cap"}),
-    ("more", lambda: {**tree(), "ema": jnp.zeros(3)}),
+@pytest.mark.parametrize("say, other", [
+    (r"policy/a is \[2, 3\] there and \[3, 2\] here",
+     lambda: {**tree(), "policy": {"a": jnp.zeros((3, 2)), "b": jnp.zeros((3, 2))}}),
+    (r"cap is \[\] there and absent here", lambda: {k: v for k, v in tree().items() if k != "cap"}),
+    (r"ema is absent there and \[3\] here", lambda: {**tree(), "ema": jnp.zeros(3)}),
 ])
-def test_other_trees_are_refused(tmp_path, name, other):
+def test_other_trees_are_refused_and_kept(tmp_path, say, other):
+  """After an upgrade or a change of config nobody is told to give up sound checkpoints."""
   checkpoints = Checkpointer(saved(tmp_path / "c"))
-  with pytest.raises(UserError, match="cannot read checkpoint"):
+  with pytest.raises(UserError, match="cannot read checkpoint.*; another version.*" + say) as error:
     checkpoints.restore(other())
+  assert not {"delete", "move"} & set(str(error.value).split())
+  assert "choose another --workdir" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_only_checkpoint_has_none_before_it(tmp_path):
+  folder = saved(tmp_path / "c", steps=(1,))
+  for file in (folder / "1" / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  with pytest.raises(UserError, match="; choose another --workdir$"):
+    Checkpointer(folder).restore(tree())
 
 
 def test_folder_that_cannot_be_made(tmp_path):

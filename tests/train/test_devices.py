@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import runs
-from jaxalign.config import registry
+from jaxalign import methods
 from jaxalign.data.prompts import draw_prompts
 from jaxalign.devices import rng
 from jaxalign.devices.sharding import batch_shards, param_shardings, path_of
@@ -26,7 +26,7 @@ def programs(mesh, **overrides):
   # What brightness spreads by on this model. With less reward the gradient is mostly rounding:
   # the difference between noise estimates of the two programs, rollout and update.
   models = dataclasses.replace(exp.models, reward_std=0.006)
-  method = registry.load_method(cfg.method_name).make(models, cfg.method, cfg.optim)
+  method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
   prompts = runs.TRAIN.read_text().splitlines()
   steps = Programs(exp, method, exp.prompt_table(prompts), jax.random.key(cfg.seed))
   return exp, method, steps, prompts

@@ -8,7 +8,7 @@ import pytest
 import runs
 from jaxalign import train
 from jaxalign.config.recipes import parse
-from jaxalign.config.registry import METHODS
+from jaxalign.config.registry import own_methods
 from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
 from jaxalign.train import dry_run, experiment
@@ -29,7 +29,7 @@ def describe(name, argument="emoji", **overrides):
 
 @pytest.mark.parametrize("name", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in sorted({*METHODS, "diff_instruct_pp", "distill_emoji_onestep"})])
+    for name in sorted({*own_methods(), "diff_instruct_pp", "distill_emoji_onestep"})])
 def test_every_recipe_on_the_embedded_model(name):
   text, rows = describe(name)
   assert "mesh {'data': 2, 'fsdp': 1, 'tensor': 1} on cpu" in text and "TFLOP" in text

@@ -9,7 +9,7 @@ import pytest
 import runs
 from jaxalign import metrics
 from jaxalign.devices import rng
-from jaxalign.sampling import guided_eps, rollout
+from jaxalign.sampling import guided_output, rollout
 from jaxalign.train.evaluation import Evaluator, Samples, compare, describe
 from jaxalign.train.experiment import build, gather
 
@@ -71,15 +71,15 @@ def test_path_kl():
   batch = gather(jax.device_get(table), ids // 2, ids)
   key = rng.stream(jax.random.key(exp.config.seed), rng.EVAL)
   models = exp.models
-  eps = jax.jit(guided_eps(models.denoise, models.schedule, models.guidance))
+  output = jax.jit(guided_output(models.denoise, models.guidance))
   variables = models.combine(policy, exp.frozen["base"])
-  path = rollout(eps, variables, models.sampler, batch["conditioning"], key, ids,
+  path = rollout(output, variables, models.sampler, batch["conditioning"], key, ids,
                  models.latent_shape)
   gaps = []
   for k in range(models.sampler.steps):
-    ref = eps({"params": exp.frozen["base"]}, path.latents[k], models.sampler.at("timesteps", k),
+    ref = output({"params": exp.frozen["base"]}, path.latents[k], models.sampler.at("timesteps", k),
               batch["conditioning"])
-    gaps.append(np.square(path.eps[k] - ref).sum((1, 2, 3)))
+    gaps.append(np.square(path.out[k] - ref).sum((1, 2, 3)))
   kl = metrics.gaussian_path_kl(np.stack(gaps), models.sampler.std, models.sampler.lam)
   np.testing.assert_allclose(samples.path_kl.reshape(-1), kl, rtol=1e-3)
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import runs
-from jaxalign.config.registry import load_method
+from jaxalign import methods
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
-from jaxalign.methods.noise import draw
+from jaxalign.methods.shared.noise import draw
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import inference
 from jaxalign.train.experiment import build
@@ -36,7 +36,7 @@ def checkpoint(path, **options):
   """The state of the latest checkpoint, on the host."""
   cfg = runs.smoke("dno", **options)
   exp = build(cfg, jax.devices()[:1])
-  method = load_method("dno").make(exp.models, cfg.method, cfg.optim)
+  method = methods.make("dno", exp.models, cfg.method, cfg.optim)
   search = Search(exp, method, runs.HELD_OUT.read_text().splitlines()[:3])
   checkpoints = Checkpointer(path / "checkpoints")
   state, _ = checkpoints.restore(search.state)

@@ -10,7 +10,6 @@ from PIL import Image
 
 import runs
 from jaxalign import methods
-from jaxalign.config import registry
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.methods import nabla_gfn
@@ -129,7 +128,7 @@ def restored(path, **overrides):
   """`(method state, progress)` of a run's latest checkpoint."""
   cfg = runs.smoke(**overrides)
   exp = loop.build(cfg, jax.devices()[:1])
-  method = registry.load_method("nabla_gfn").make(exp.models, cfg.method, cfg.optim)
+  method = methods.make("nabla_gfn", exp.models, cfg.method, cfg.optim)
   programs = loop.Programs(exp, method, exp.prompt_table(runs.TRAIN.read_text().splitlines()),
                            jax.random.key(cfg.seed))
   like = {"method": jax.eval_shape(programs.init)}
@@ -316,7 +315,7 @@ def test_reward_without_spread_is_refused(monkeypatch):
 def test_what_the_method_refuses_leaves_no_folder():
   for overrides, key in ((dict(reward__names=("jpeg_compressibility",)), "reward.names"),
                          (dict(sample__eta=0.0), "sample.eta"),
-                         (dict(sample__final="one"), "sample.final"),
+                         (dict(sample__final="clean"), "sample.final"),
                          (dict(method__strata=5), "method.strata")):
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
       runs.run("refused", **overrides)

@@ -70,20 +70,53 @@ print("stopped at", step)
 """
 
 
+RESULTS = """
+import pathlib, sys, time
+from unittest import mock
+import runs
+from jaxalign import train
+from jaxalign.devices import processes
+
+export = pathlib.Path(sys.argv[1]) / "export"
+
+def run(cfg, path, devices):
+  if processes.is_main():
+    time.sleep(3)
+    export.write_text("whole")
+  return {}
+
+with mock.patch("jaxalign.train.loop.run", run):
+  train.run(runs.smoke(), export.parent)
+print(export.read_text())
+"""
+
+
+def test_all_processes_stay_until_results_are_written(tmp_path):
+  out = two_processes(RESULTS, tmp_path)
+  assert [o.split()[-1] for o, _ in out] == ["whole", "whole"]     # before it, lines of Gloo
+
+
 def test_two_processes_exchange_arrays_and_stop_together(tmp_path):
+  out = two_processes(EXCHANGE, tmp_path)
+  stops = [[line for line in o.splitlines() if line.startswith("stopped at")] for o, _ in out]
+  assert stops[0] == stops[1] and 5 <= int(stops[0][0].split()[-1]) < 999
+  assert ["said once" in o for o, _ in out] == [True, False]
+
+
+def two_processes(code, folder):
+  """Standard output and error of two processes of one run, both of which must end well."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]
   env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2",
-         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(runs.ROOT)}
-  started = [subprocess.Popen([sys.executable, "-c", EXCHANGE, str(tmp_path)],
+         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+         "PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}"}
+  started = [subprocess.Popen([sys.executable, "-c", code, str(folder)],
                               env={**env, "JAX_PROCESS_ID": str(i)}, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
   out = [p.communicate(timeout=300) for p in started]
   assert [p.returncode for p in started] == [0, 0], "\n".join(e[-2000:] for _, e in out)
-  stops = [[line for line in o.splitlines() if line.startswith("stopped at")] for o, _ in out]
-  assert stops[0] == stops[1] and 5 <= int(stops[0][0].split()[-1]) < 999
-  assert ["said once" in o for o, _ in out] == [True, False]
+  return out
 
 
 @pytest.mark.parametrize("env, part", [

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxalign.devices import rng
 from jaxalign.methods import Models
-from jaxalign.sampling import Sampler, differentiable_rollout, guided_eps
+from jaxalign.sampling import Sampler, differentiable_rollout, guided_output
 
 LN2 = math.log(2.0)
 
@@ -46,10 +46,10 @@ def generate(models: Models, frozen, noise, conditioning, *, remat: str = "full"
   Differentiable in `noise`. `remat` is that of `sampling.differentiable_rollout`; without `clamp`
   the images are what the decoder gives and may leave [0, 1].
   """
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
   latents, _ = differentiable_rollout(
-      eps_fn, models.combine(None, frozen["base"]), models.sampler, conditioning,
-      models.sampler.input_scale * noise[:, 0], jnp.moveaxis(noise[:, 1:], 1, 0), remat=remat)
+      guided_output(models.denoise, models.guidance), models.combine(None, frozen["base"]),
+      models.sampler, conditioning, models.sampler.input_scale * noise[:, 0],
+      jnp.moveaxis(noise[:, 1:], 1, 0), remat=remat)
   decode = models.decode if clamp else models.decode_unclamped
   return decode(frozen["decoder"], latents)
 

@@ -1,9 +1,10 @@
 """Policy gradients: denoising as a decision process whose reward comes with the last step.
 
-Every sampler step `x_{k+1} ~ N(a_k x_k - b_k eps_theta, s_k^2 I)` is an action, so a reward of the
-output trains the policy without a gradient of its own: it may be a black box or a yes/no rule.
-DDPO is this file with its default options (Black et al. 2023, "Training Diffusion Models with
-Reinforcement Learning"); `b2_diffurl.py` sets others. Implemented from the equations.
+Every sampler step `x_{k+1} ~ N(a_k x_k - b_k o_theta, s_k^2 I)`, o the network's output, is an
+action, so a reward of the sampler's output trains the policy without a gradient of its own: it may
+be a black box or a yes/no rule. `ddpo.py` is this file with its default options (Black et al. 2023,
+"Training Diffusion Models with Reinforcement Learning"); `b2_diffurl.py` sets others. Implemented
+from the equations.
 
 One update:
 
@@ -15,13 +16,14 @@ One update:
     rho = [p_theta(x_{k+1} | x_k) / p_sampling(x_{k+1} | x_k)]^(1/D)    (log_ratio)
     theta <- AdamW on max(-A rho, -A clip(rho, 1 - c, 1 + c))           (loss)
 
-With `x_{k+1} = mu_sampling + s z` the log-ratio of one element is, in r = lam_k s_k,
-`-r z (eps_theta - eps_sampling) - r^2 (eps_theta - eps_sampling)^2 / 2`. It is computed in this
-form from the recorded noise: a difference of two log-densities would lose the digits that a clip
-range of 1e-4 needs.
+With `x_{k+1} = mu_sampling + s z` the log-ratio of one element is, in r = `Sampler.rate`,
+`-r z (o_theta - o_sampling) - r^2 (o_theta - o_sampling)^2 / 2`. It is computed in this form from
+the recorded noise: a difference of two log-densities would lose the digits that a clip range of
+1e-4 needs.
 """
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +34,7 @@ from jaxalign.config.fields import Count, NonNegative, Range, Whole, check
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
-from jaxalign.methods.optimizer import Learner, accumulated_gradients
-from jaxalign.sampling import guided_eps, rollout
+from jaxalign.methods.shared.optimizer import Learner, accumulated_gradients
 
 Advantage = Literal["prompt", "batch", "group_z", "group_center", "group_loo"]
 Selection = Literal["all", "extremes", "pairs"]
@@ -59,7 +60,7 @@ class Config:
       goes from first to last; windows have the first one.
     interval_stages: updates that a schedule takes; then it stays where it ends.
     step_weights: of the steps in the loss, with mean 1: "uniform", or "even", proportional to
-      `1 / (lam_k s_k)`, so that no step's log-density is more sensitive to the noise estimate than
+      `1 / rate_k`, so that no step's log-density is more sensitive to the network's output than
       another's.
     advantage: "prompt" ((R - mean) / std of the prompt's rewards in this batch and in `history`),
       "batch" (the same over the whole batch); or within a group: "group_z" ((R - mean) / std),
@@ -92,6 +93,8 @@ class Config:
   keep_above: float = 0.5
   keep_below: float = -0.5
   pairs: Count = 1
+
+  noise_at_every_step = True
 
   def __post_init__(self):
     check("method", self)
@@ -160,7 +163,7 @@ def step_weights(cfg: Config, sampler, start, stop):
   if cfg.step_weights == "uniform":
     return jnp.ones(sampler.steps)
   inside = (k >= start) & (k < stop)
-  weights = jnp.where(inside, 1 / (sampler.at("lam", k) * sampler.at("std", k)), 0.0)
+  weights = jnp.where(inside, 1 / sampler.at("rate", k), 0.0)
   return weights * (stop - start) / weights.sum()
 
 
@@ -240,19 +243,19 @@ def select(cfg: Config, adv):
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def log_ratio(sampler, k, eps, eps_old, noise):
+def log_ratio(sampler, k, out, out_old, noise):
   """`log p_theta / p_sampling` of transitions, averaged over the latent elements, `[R]` f32.
 
   Args:
-    k: `[R]` step indices. eps, eps_old: `[R, ...]` noise estimates of the policy and at sampling.
+    k: `[R]` step indices. out, out_old: `[R, ...]` outputs of the network now and at sampling.
     noise: `[R, ...]` the injected noise z, `x_{k+1} = mu_sampling + s_k z`.
   Returns:
-    0 where the estimates agree. Times D it is the log-ratio of the transition's density; its
-    gradient at `eps = eps_old` is that of the mean log-density, `-lam_k s_k mean(z d eps)`.
+    0 where the outputs agree. Times D it is the log-ratio of the transition's density; its
+    gradient at `out = out_old` is that of the mean log-density, `-rate_k mean(z d out)`.
   """
-  axes = tuple(range(1, eps.ndim))
-  rate = sampler.at("lam", k) * sampler.at("std", k)
-  delta = eps - eps_old
+  axes = tuple(range(1, out.ndim))
+  rate = sampler.at("rate", k)
+  delta = out - out_old
   return -rate * (noise * delta).mean(axes) - 0.5 * jnp.square(rate) * jnp.square(delta).mean(axes)
 
 
@@ -269,33 +272,50 @@ def surrogate(objective: str, log_rho, adv, clip_range):
   return jnp.maximum(-adv * rho, -adv * jnp.clip(rho, 1 - clip_range, 1 + clip_range))
 
 
-def loss(models: Models, cfg: Config, policy, frozen, rows):
+class Extra(NamedTuple):
+  """What a variant of the method adds to the loss of each transition.
+
+  Attributes:
+    term: `(policy, frozen, rows, out) -> ([R] loss, {metric: [R]})`, differentiated; `rows` as in
+      `loss`, `out` the policy's outputs there.
+    data: `(state, frozen, experience, rewards) -> {name: [B, T, ...]}`, what it needs beside: more
+      entries of `rows`, constant for the policy.
+    forwards: evaluations of the guided network that `term` takes for a transition.
+  """
+  term: Callable
+  forwards: int = 0
+  data: Callable = lambda state, frozen, experience, rewards: {}
+
+
+def loss(models: Models, cfg: Config, policy, frozen, rows, extra: Extra | None = None):
   """The policy gradient loss of transitions.
 
   Args:
     policy: the trained tree; gradients go here only.
-    rows: `k [R]`, `x_k [R, ...]`, `noise`, `eps_old` (see `log_ratio`), `conditioning`, and `[R]`
+    rows: `k [R]`, `x_k [R, ...]`, `noise`, `out_old` (see `log_ratio`), `conditioning`, and `[R]`
       each: `adv`, clipped advantages; `weight`, >= 0 with mean 1, 0 for rows that do not count;
       `step_weight`, see `step_weights`.
   Returns:
-    Scalar f32, the weighted mean of `surrogate`; on the first optimiser step of a batch -mean(A)
-    for "clip" and 0 for "score". Metrics, means over the rows that count: `train/clip_fraction` in
-    [0, 1], and `train/update_kl`, the transition's `KL(p_sampling || p_theta)` in nats, both 0
-    then.
+    Scalar f32, the weighted mean of `surrogate` and the extra term; on the first optimiser step of
+    a batch -mean(A) for "clip" and 0 for "score". Metrics, means over the rows that count:
+    `train/clip_fraction` in [0, 1], and `train/update_kl`, the transition's
+    `KL(p_sampling || p_theta)` in nats, both 0 then.
   """
   sampler, k = models.sampler, rows["k"]
-  eps = guided_eps(models.denoise, models.schedule, models.guidance)(
-      models.combine(policy, frozen["base"]), rows["x_k"], sampler.at("timesteps", k),
-      rows["conditioning"])
-  log_rho = log_ratio(sampler, k, eps, rows["eps_old"], rows["noise"])
+  out = models.output(policy, frozen, rows["x_k"], sampler.at("timesteps", k), rows["conditioning"])
+  log_rho = log_ratio(sampler, k, out, rows["out_old"], rows["noise"])
   each = surrogate(cfg.objective, log_rho, rows["adv"], cfg.clip_range)
-  total = (rows["weight"] * rows["step_weight"] * each).mean()
   outside = (jnp.abs(jnp.exp(log_rho) - 1) > cfg.clip_range).astype(jnp.float32)
-  kl = 0.5 * jnp.square(sampler.at("lam", k) * sampler.at("std", k)) * jnp.square(
-      eps - rows["eps_old"]).sum(tuple(range(1, eps.ndim)))
-  return total, {"loss/total": total,
-                 "train/clip_fraction": (rows["weight"] * outside).mean(),
-                 "train/update_kl": (rows["weight"] * kl).mean()}
+  kl = 0.5 * jnp.square(sampler.at("rate", k)) * jnp.square(
+      out - rows["out_old"]).sum(tuple(range(1, out.ndim)))
+  metrics = {"train/clip_fraction": outside, "train/update_kl": kl}
+  total = rows["step_weight"] * each
+  if extra is not None:
+    added, more = extra.term(policy, frozen, rows, out)
+    total, metrics = total + added, {**metrics, **more}
+  of_rows = lambda values: (rows["weight"] * values).mean()
+  total = of_rows(total)
+  return total, {"loss/total": total, **{name: of_rows(value) for name, value in metrics.items()}}
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -312,17 +332,9 @@ def deal(key, groups: int, minibatches: int, epochs: int):
   return order.swapaxes(1, 2).reshape(epochs * minibatches, groups // minibatches)
 
 
-def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
-  """Policy gradients as a Method.
-
-  Raises:
-    UserError: a sampler without noise at some step.
-  """
+def make(models: Models, cfg: Config, optim: OptimConfig, extra: Extra | None = None) -> Method:
+  """Policy gradients as a Method, with a further term in the loss if there is one."""
   sampler = models.sampler
-  if not np.all(sampler.std > 0):
-    raise UserError("policy gradients need noise at every step: set sample.eta > 0 and "
-                    "sample.final='alpha0'")
-  eps_fn = guided_eps(models.denoise, models.schedule, models.guidance)
   learner = Learner(optim)
   grouped = lambda a: a.reshape((-1, cfg.group) + a.shape[1:])
 
@@ -337,11 +349,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     return state
 
   def collect(state, frozen, batch, key):
-    variables = models.combine(state["policy"], frozen["base"])
-
-    def sample(rows, **bounds):
-      return rollout(eps_fn, variables, sampler, rows["conditioning"], key, rows["sample_ids"],
-                     models.latent_shape, **bounds)
+    sample = lambda rows, **bounds: models.rollout(state["policy"], frozen, rows, key, **bounds)
     if cfg.branch:
       start = state["interval"][0]
       roots = sample(jax.tree.map(lambda a: grouped(a)[:, 0], batch), stop=start)
@@ -352,7 +360,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
       trajectory = sample(batch)
     batch_first = lambda a: jnp.moveaxis(a, 0, 1)
     return {"final": trajectory.final, "latents": batch_first(trajectory.latents[:-1]),
-            "eps": batch_first(trajectory.eps), "noise": batch_first(trajectory.noise),
+            "out": batch_first(trajectory.out), "noise": batch_first(trajectory.noise),
             "batch": batch}
 
   def gradient_of(policy, frozen, rows, start, stop):
@@ -362,14 +370,15 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
     def grads_of(policy, rows, key):
       (_, metrics), gradient = jax.value_and_grad(
-          lambda p: loss(models, cfg, p, frozen, rows), has_aux=True)(policy)
+          lambda p: loss(models, cfg, p, frozen, rows, extra), has_aux=True)(policy)
       return gradient, metrics
 
     def at_step(k):
       pick = lambda a: jax.lax.dynamic_index_in_dim(a, k, 1, keepdims=False)
       here = {"k": every_row(k), "x_k": pick(rows["latents"]), "noise": pick(rows["noise"]),
-              "eps_old": pick(rows["eps"]), "step_weight": every_row(weights[k]),
-              **{name: rows[name] for name in ("adv", "weight", "conditioning")}}
+              "out_old": pick(rows["out"]), "step_weight": every_row(weights[k]),
+              **{name: rows[name] for name in ("adv", "weight", "conditioning")},
+              **jax.tree.map(pick, rows["extra"])}
       return accumulated_gradients(grads_of, policy, here, jax.random.key(0), optim.accumulate)
 
     # The bounds are traced: one program serves every interval, and costs what the interval costs.
@@ -388,7 +397,11 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     index, adv, kept = select(cfg, adv)
     choose = lambda a: jnp.take_along_axis(
         grouped(a), index.reshape(index.shape + (1,) * (a.ndim - 1)), axis=1)
-    rows = {name: choose(experience[name]) for name in ("latents", "eps", "noise")}
+    rows = {name: choose(experience[name]) for name in ("latents", "out", "noise")}
+    rows["extra"] = {}
+    if extra is not None:
+      rows["extra"] = jax.lax.stop_gradient(
+          jax.tree.map(choose, extra.data(state, frozen, experience, rewards)))
     rows.update(conditioning=jax.tree.map(choose, experience["batch"]["conditioning"]), kept=kept,
                 adv=jnp.clip(adv, -cfg.advantage_clip, cfg.advantage_clip))     # all [R, S, ...]
 
@@ -424,16 +437,15 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     return state, metrics
 
   return Method(init=init, collect=collect, update=update, product=learner.product,
-                cost=lambda batch: cost(models, cfg, batch))
+                cost=lambda batch: cost(models, cfg, batch, extra))
 
 
-def cost(models: Models, cfg: Config, batch: int) -> dict[str, int]:
+def cost(models: Models, cfg: Config, batch: int, extra: Extra | None = None) -> dict[str, int]:
   """Evaluations per update of one sample and one guidance branch, for `batch` trajectories.
 
   Averaged over the interval schedule; the slots of `select`, kept or not, are all computed.
   """
   steps = models.sampler.steps
-  guided = 1 if models.guidance == 1.0 else 2
   stages = jnp.arange(cfg.interval_stages)
   keys = jax.random.split(jax.random.key(0), cfg.interval_stages)
   start, stop = np.asarray(
@@ -442,6 +454,7 @@ def cost(models: Models, cfg: Config, batch: int) -> dict[str, int]:
   sampled = groups * start + batch * (steps - start) if cfg.branch else batch * steps
   slots = {"all": cfg.group, "extremes": 2, "pairs": 2 * cfg.pairs}[cfg.select]
   trained = groups * slots * (stop - start) * cfg.inner_epochs
-  return {"denoiser_forward": round((sampled + trained) * guided),
-          "denoiser_backward": round(trained * guided),
+  forwards = 1 + (extra.forwards if extra else 0)
+  return {"denoiser_forward": round((sampled + trained * forwards) * models.branches),
+          "denoiser_backward": round(trained * models.branches),
           "decodes": 0, "reward_queries": 0, "reward_gradients": 0}
