@@ -234,7 +234,8 @@ def make(cfg: Config) -> Task:
       "vae": vae_params, "unet": params["unet"], "text_encoder": params["text"]})
 
   def look(params, thorough):
-    asked = {kind: ask(table, names, 64 if thorough else 16, np.random.default_rng(0))
+    each = 64 if thorough else 16
+    asked = {kind: ask(table, names, each, np.random.default_rng(0))
              for kind, table in (("", trained), ("new_", held_out))}
     captions = [scenes.caption(scene) for part in asked.values() for scene in part]
     images = quality.draw(whole(params), captions)
@@ -244,10 +245,10 @@ def make(cfg: Config) -> Task:
       found = scores(part, readings[start:start + len(part)])
       figures |= {f"eval/{prefix}{name}": value for name, value in found.items()}
       start += len(part)
-    columns = len(captions) // 12
-    grid = images.reshape(12, columns, *images.shape[1:])[:, :8]
-    rows = tuple("; ".join(caption.replace(" background", "") for caption in
-                           captions[i * columns:i * columns + min(columns, 8)]) for i in range(12))
+    starts = range(0, len(captions), each // 2)             # two rows of each kind
+    grid = np.stack([images[i:i + 4] for i in starts])
+    rows = tuple("; ".join(caption.replace(" background", "") for caption in captions[i:i + 4])
+                 for i in starts)
     return Look(figures, grid, rows)
 
   def save(params, folder: pathlib.Path, record) -> None:
