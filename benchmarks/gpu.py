@@ -100,7 +100,7 @@ def time_update(name: str, pipeline, args) -> float:
 def time_jax(pipeline, args) -> dict[str, float]:
   """Seconds of sampling a batch, and of a full training step of the UNet."""
   exp = build(config("sft", args), jax.devices()[:1], pipeline)
-  models, base = exp.models, exp.frozen["base"]
+  models, base = exp.models, exp.frozen["base"]["params"]
   cond = jax.device_put(exp.embed(["a cat"] * args.batch))
   uncond = jax.device_put(exp.embed([""] * args.batch))
   ids, key = jnp.arange(args.batch), jax.random.key(0)

@@ -19,7 +19,6 @@ from absl import app, flags
 
 from jaxalign.convert import load_pipeline
 from jaxalign.devices import sharding
-from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,15 +36,16 @@ def ours(path, prompts, steps):
   sampler = make_sampler(schedule, steps, eta=0.0)
   output_fn = guided_output(pipeline.denoise, GUIDANCE)
   mesh = sharding.make_mesh(-1, 1, 1)
-  params = jax.device_put(pipeline.params, sharding.replicated(mesh))
+  params = jax.device_put({**pipeline.text_params, "vae": pipeline.params["vae"],
+                           "base": pipeline.variables}, sharding.replicated(mesh))
 
   @jax.jit
   def draw(params, ids, uncond_ids, key):
     conditioning = Conditioning(pipeline.encode_prompts(params, ids),
                                 pipeline.encode_prompts(params, uncond_ids))
-    trajectory = rollout(output_fn, {"params": params["unet"]}, sampler, conditioning, key,
+    trajectory = rollout(output_fn, params["base"], sampler, conditioning, key,
                          jnp.arange(len(prompts)), pipeline.latent_shape)
-    return decode_images(pipeline.vae, params["vae"], trajectory.final)
+    return pipeline.decode_images(params["vae"], trajectory.final)
   ids, uncond = jax.device_put(
       (pipeline.tokenize(prompts), pipeline.tokenize([""] * len(prompts))),
       sharding.batch_sharding(mesh))

@@ -6,8 +6,12 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, yes/no reward emoji_styled (default), see docs/results.md
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
+  sd35     Stable Diffusion 3.5 medium at 512 px: the adapter and the optimiser of flow_grpo
+           (`recipes.make_sd35`), the rest ours, for want of anything published; not measured.
+           Give --config.model.path and --config.reward.names
   b2_paper, b2_code    method presets, see docs/methods/b2_diffurl.md
 """
 from jaxalign.config import recipes
@@ -15,7 +19,7 @@ from jaxalign.methods.b2_diffurl import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15"), PRESETS)
+  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
   if size == "emoji":
     config.reward.names = ("emoji_styled",)
@@ -28,8 +32,8 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 80, 15, 15
     config.train.patience = 0                   # the judge is reported, and stops nothing
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 156
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.method.interval_stages = 2
   else:
     # The published stage of 256 roots and 100 stages, as eight times as many updates of 32 roots:
@@ -45,13 +49,14 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 800, 40, 80
     config.train.patience = 0                   # the judge knows emoji only
     config.eval.batch = 16
+    if size == "sd35":
+      recipes.make_sd35(config)
   for preset in presets:
     config.method.update(PRESETS[preset])
-  if size == "smoke":
+  if size in recipes.SMOKE:
     config.method.group = 4                     # of its eight trajectories
   elif config.sample.batch % config.method.group:
     config.sample.batch = 32 * config.method.group    # a preset's group: as many roots as :sd15
-  if size != "sd15":
-    # Clip ranges are per latent element; the method's and the presets' are for 64x64x4.
-    config.method.clip_range *= 16384 / 256
+  # Clip ranges are per latent element; the method's and the presets' are for 64x64x4.
+  config.method.clip_range *= {"sd15": 1, "sd35": 16384 / 65536}.get(size, 16384 / 256)
   return config

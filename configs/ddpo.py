@@ -6,16 +6,23 @@
 Arguments after a colon:
   emoji    the embedded model, yes/no reward emoji_styled (default), see docs/results.md
   emoji_clip    the same for the reward and prompts of configs/nabla_gfn.py, used as a black box
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
   sdxl     the same for Stable Diffusion XL at 1024 px in bfloat16, with the clip range for latents
            four times as large; nothing is published
+  sd35     Stable Diffusion 3.5 medium at 512 px with the settings of yifan123/flow_grpo for
+           PickScore (config/grpo.py; see `recipes.make_sd35`): 48 groups of 24 images, two
+           optimiser steps an update, clip range 1e-4, advantages by the mean of the group. Unlike
+           there, the spread is the group's, no KL is added, and the unconditional branch has a
+           gradient; not measured. Give --config.model.path and --config.reward.names
 """
 from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", "emoji_clip", "smoke", "sd15", "sdxl"))
+  size, _ = recipes.split_argument(arg, ("emoji", "emoji_clip", *recipes.SMOKE, "sd15", "sdxl",
+                                         "sd35"))
   config = recipes.default("ddpo", "ddpo:" + (arg or "emoji"))
   if size in ("emoji", "emoji_clip"):
     # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
@@ -34,8 +41,8 @@ def get_config(arg="emoji"):
           "jaxalign:emoji_styles_train", "jaxalign:emoji_styles_heldout")
       config.train.patience = 0                 # the judge is reported, and stops nothing
       config.optim.lr = 5e-4
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.method.minibatches, config.method.inner_epochs, config.method.min_count = 2, 2, 2
     config.method.clip_range = 6.4e-3
   else:
@@ -56,4 +63,9 @@ def get_config(arg="emoji"):
       config.model.dtype, config.model.remat = "bfloat16", "block"
       config.method.clip_range /= 4             # of the mean over latent elements
       config.optim.accumulate = 16
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.batch, config.method.group, config.method.minibatches = 1152, 24, 2
+      config.method.advantage, config.method.clip_range = "group_z", 1e-4
+      config.optim.accumulate = 3
   return config

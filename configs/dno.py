@@ -11,10 +11,13 @@ The images are those of the evaluation: `eval.samples` of each of the first `eva
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward emoji_style, and the best of N at the same cost beside it
            (default), see docs/results.md
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     published settings for Stable Diffusion 1.x on 45 animals; not measured here. Give
            --config.model.path and --config.reward.names
   sdxl     the same for Stable Diffusion XL
+  sd35     the same for Stable Diffusion 3.5 medium at 512 px, 28 steps and guidance 4.5, for which
+           nothing is published
   release  what the published scripts compute, see docs/methods/dno.md
 """
 from jaxalign.config import recipes
@@ -22,7 +25,8 @@ from jaxalign.methods.dno import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("dno", "dno:" + (arg or "emoji"))
   config.optim.b2 = 0.999
   config.train.patience = 0                     # the judge is reported, and stops nothing
@@ -33,8 +37,8 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 20, 10, 10
     config.optim.lr = 1e-1
     config.method.rival, config.method.remat = True, "none"
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.optim.lr = 2e-2
     config.method.rival, config.method.permutations, config.method.remat = True, 2, "none"
   else:
@@ -42,6 +46,11 @@ def get_config(arg="emoji"):
     config.model.dtype, config.model.remat = "bfloat16", "block"
     config.data.eval_prompts = "jaxalign:animals_train"
     config.sample.batch, config.sample.steps, config.sample.guidance = 1, 50, 5.0
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 1.0, 28
+      config.sample.spacing, config.sample.final = "linspace", "noisy"
+      config.optim.weight_decay = 0.0
     config.optim.lr = 1e-2                      # 1e-3 for rewards of pixel statistics
     config.train.steps, config.train.checkpoint_every, config.eval.every = 100, 25, 25
     config.eval.prompts, config.eval.samples, config.eval.batch = 45, 2, 2

@@ -5,10 +5,15 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward emoji_clip, gradients through the last 5 of 20 steps
            (default), see docs/results.md
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give
            --config.model.path, --config.reward.names and --config.data.prompts
   sdxl     the same for Stable Diffusion XL in bfloat16, for which nothing is published
+  sd35     Stable Diffusion 3.5 medium at 512 px: the adapter and the optimiser of flow_grpo
+           (`recipes.make_sd35`), the rest ours, for want of anything published; not measured.
+           Give --config.model.path, --config.reward.names and
+           --config.data.prompts
   full, one, lv    DRaFT through all steps, DRaFT-1, DRaFT-LV
 """
 from jaxalign.config import recipes
@@ -16,14 +21,15 @@ from jaxalign.methods.draft import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("draft", "draft:" + (arg or "emoji"))
   if size == "emoji":
     config.method.backprop_steps = 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.method.backprop_steps = 2       # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR
@@ -37,6 +43,10 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.weight_decay = 4e-4, 0.999, 0.1
     config.train.steps, config.train.checkpoint_every, config.eval.every = 2000, 100, 100
     config.eval.batch = 8
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.kind, config.sample.eta = "ddim", 0.0           # Euler's method
+      config.method.backprop_steps = 2      # of ten
   for preset in presets:
     config.method.update(PRESETS[preset])
   return config

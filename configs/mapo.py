@@ -9,10 +9,14 @@ Arguments after a colon, joined by commas:
            docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, all of the UNet trained, with the hyperparameters that
            were published for SDXL; not measured
   sdxl     published settings for SDXL on Pick-a-Pic v2; not measured
+  sd35     Stable Diffusion 3.5 medium at 512 px on Pick-a-Pic v2, an adapter on attention and the
+           optimiser of flow_grpo (`recipes.make_sd35`), the rest ours, for want of anything
+           published; not measured
   release, paper_power, paper_scaled    the objective of the released code, and two readings of the
            paper's equation 11, at beta = 8
 """
@@ -28,12 +32,16 @@ def get_config(arg="emoji"):
     make_pairs(config, size)
     config.method.logit_scale = 200.0       # margins of the base model then have std 1.8
     config.method.weight = 0.3              # 0.1 stays at +0.25
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.data.pairs = "jaxalign:fixture"
   else:
     recipes.make_pick_a_pic(config)
     config.optim.lr, config.optim.decay_steps = 1e-7, 2000
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 0.0, 28
+      config.sample.batch = 256
     if not presets:
       presets = ["paper_power"]
   for name in presets:

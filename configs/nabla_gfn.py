@@ -4,11 +4,15 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward emoji_clip (default)
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     Stable Diffusion 1.x or 2.x: adapter, optimiser, sampler and trajectories per update of
            the published fast setting, our defaults of the method; not measured. Give
            --config.model.path, --config.reward.names and, for other prompts, --config.data
   sdxl     the same for Stable Diffusion XL, for which nothing is published
+  sd35     Stable Diffusion 3.5 medium at 512 px: the adapter and the optimiser of flow_grpo
+           (`recipes.make_sd35`), the rest ours, for want of anything published; not measured.
+           Give --config.model.path and --config.reward.names
   paper, release, no_flow, final_latent    method presets, see docs/methods/nabla_gfn.md
 """
 from jaxalign.config import recipes
@@ -16,7 +20,8 @@ from jaxalign.methods.nabla_gfn import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", "smoke", "sd15", "sdxl"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
   if size == "emoji":
     # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
@@ -25,8 +30,8 @@ def get_config(arg="emoji"):
     config.method.perturbations, config.method.perturb_std = 2, 0.8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 32
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
   else:
     config.model.path = ""                      # --config.model.path=DIR
     config.model.lora_rank = 8
@@ -39,8 +44,12 @@ def get_config(arg="emoji"):
     config.train.steps, config.train.checkpoint_every, config.eval.every = 400, 50, 50
     config.train.patience = 0                   # the judge knows emoji only
     config.eval.batch = 8
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 1.0, 20
+      config.sample.spacing, config.sample.final = "linspace", "noisy"
   for preset in presets:
     config.method.update(PRESETS[preset])
-  if size == "smoke":
+  if size in recipes.SMOKE:
     config.method.strata = 2       # of its four steps
   return config

@@ -4,22 +4,26 @@
 
 Arguments after a colon:
   emoji    the embedded model, reward emoji_clip (default), see docs/results.md
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
            measured here. Give --config.model.path, --config.reward.names and
            --config.data.prompts; the target of 2 is in units of ImageReward
+  sd35     Stable Diffusion 3.5 medium at 512 px: the adapter and the optimiser of flow_grpo
+           (`recipes.make_sd35`), the rest ours, for want of anything published; not measured.
+           Give --config.model.path and the same
 """
 from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", "smoke", "sd15"))
+  size, _ = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"))
   config = recipes.default("refl", "refl:" + (arg or "emoji"))
   if size == "emoji":
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.method.window = 2               # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR
@@ -33,4 +37,9 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.weight_decay = 1e-5, 0.999, 1e-2
     config.train.steps, config.train.checkpoint_every, config.eval.every = 100, 25, 25
     config.eval.batch = 8
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.kind, config.sample.eta, config.sample.guidance = "ddim", 0.0, 4.5
+      config.method.window = 3              # of ten steps
+      config.optim.ema = 0.0
   return config

@@ -9,10 +9,14 @@ Arguments after a colon:
            docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
-  smoke    random-weight fixture, three updates, for tests
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on Pick-a-Pic v2, published settings, all of the UNet
            trained; not measured
   sdxl     the same for SDXL; not measured
+  sd35     Stable Diffusion 3.5 medium at 512 px on Pick-a-Pic v2, an adapter on attention and the
+           optimiser of flow_grpo (`recipes.make_sd35`), the rest ours, for want of anything
+           published; not measured
 """
 from jaxalign.config import recipes
 from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
@@ -25,11 +29,15 @@ def get_config(arg="emoji"):
     make_pairs(config, size)
     config.sample.batch = 64                # as many images per update as the others have
     config.optim.lr = 2e-3
-  elif size == "smoke":
-    recipes.make_smoke(config)
+  elif size in recipes.SMOKE:
+    recipes.make_smoke(config, size)
     config.data.pairs = "jaxalign:fixture"
   else:
     recipes.make_pick_a_pic(config)
     config.method.prompt_dropout = 0.2
     config.optim.lr, config.optim.warmup = 1e-9, 500
+    if size == "sd35":
+      recipes.make_sd35(config)
+      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 0.0, 28
+      config.sample.batch = 256
   return config

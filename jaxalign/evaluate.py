@@ -36,9 +36,12 @@ _REWARD = _FLAGS.define("multi_string", "reward", None, "A reward, as in reward.
 _JUDGE = _FLAGS.define("string", "judge", None, "Held-out scorer, whose features measure "
                        "diversity; that of the run, else emoji_judge.")
 _SEED = _FLAGS.define("integer", "seed", 0, "Of the noise.", lower_bound=0)
-_STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
-_GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
-_ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_STEPS = _FLAGS.define("integer", "steps", None,
+                        "Denoising steps; those of the run, else 20 (28 on a flow).")
+_GUIDANCE = _FLAGS.define("float", "guidance", None,
+                           "Guidance scale; that of the run, else 3 (7 on a flow).")
+_ETA = _FLAGS.define("float", "eta", None,
+                      "Noise of the sampler; that of the run, else 1 (0 on a flow).")
 _BATCH = _FLAGS.define("integer", "batch", None, "Images per device program; those of the run "
                        "(eval.batch), else 64.", lower_bound=1)
 _DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
@@ -72,17 +75,15 @@ def main(argv) -> None:
     _check_comparable(base_path, exp.pipeline, checkpoint, tuned)
   evaluate = Evaluator(exp)
 
-  def policy(unet):
-    return jax.device_put(unet, sharding.param_shardings(unet, exp.mesh))
-  draw = lambda unet, label, **kw: evaluate(
-      policy(unet), prompts, _SAMPLES.value, label=label, **kw)
+  def draw(model, label, **kw):
+    policy = jax.device_put(model.weights, sharding.param_shardings(model.weights, exp.mesh))
+    return evaluate(policy, prompts, _SAMPLES.value, label=label, **kw)
   if base_path is None:
-    result = {"tuned": describe(draw(tuned.params["unet"], "model"))}
+    result = {"tuned": describe(draw(tuned, "model"))}
   else:
-    base = exp.pipeline.params["unet"]
-    first = draw(base, "base")
-    again = draw(base, "base, other noise", stream=rng.EVAL_FLOOR)
-    now = draw(tuned.params["unet"], "tuned", path_kl=cfg.eval.path_kl)
+    first = draw(exp.pipeline, "base")
+    again = draw(exp.pipeline, "base, other noise", stream=rng.EVAL_FLOOR)
+    now = draw(tuned, "tuned", path_kl=cfg.eval.path_kl)
     result = {"base": describe(first), "tuned": compare(now, first, again)}
   text = json.dumps(result, indent=2)
   print(text)                                # first: what took so long is not lost with a full disk
@@ -120,11 +121,12 @@ def _with_flags(cfg: schema.Config) -> schema.Config:
 
 def _check_comparable(base_path: str, base: Pipeline, checkpoint: pathlib.Path,
                       tuned: Pipeline) -> None:
-  """UserError unless the two models differ in the weights of their UNets only."""
+  """UserError unless the two models differ in the weights of their denoisers only."""
   shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
-  if shapes(base.params["unet"]) != shapes(tuned.params["unet"]):
-    raise UserError(f"--base={base_path}: its UNet has another architecture than {checkpoint}")
-  for name in sorted({*base.networks, *tuned.networks} - {"unet"}):
+  if type(base) is not type(tuned) or shapes(base.weights) != shapes(tuned.weights):
+    raise UserError(f"--base={base_path}: its {base.denoiser_name} has another architecture than "
+                    f"{checkpoint}")
+  for name in sorted({*base.networks, *tuned.networks} - {base.denoiser_name}):
     mine, theirs = (pipeline.params.get(name) for pipeline in (base, tuned))
     if shapes(mine) != shapes(theirs) or not all(
         jax.tree.leaves(jax.tree.map(np.array_equal, mine, theirs))):

@@ -1,9 +1,8 @@
 """Command line: `python -m jaxalign.export --checkpoint=DIR --format=FORMAT --output=DIR`.
 
-Writes the tuned model, adapters merged, so that PyTorch diffusers (`diffusers`:
-`StableDiffusionPipeline`, `StableDiffusionXLPipeline`) or its Flax classes (`flax`:
-`FlaxStableDiffusionPipeline`) load it; or the adapter alone (`lora`), for `load_lora_weights` of a
-PyTorch pipeline of the base model.
+Writes the tuned model, adapters merged, so that the PyTorch class of diffusers that it came from
+(`diffusers`) or its Flax form (`flax`, for Stable Diffusion 1.x and 2.x) loads it; or the adapter
+alone (`lora`), for `load_lora_weights` of a PyTorch pipeline of the base model.
 """
 import pathlib
 import sys
@@ -25,12 +24,12 @@ _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloa
 def main(argv) -> None:
   del argv
   checkpoint, lora = pathlib.Path(_CHECKPOINT.value), _FORMAT.value == "lora"
-  tuned = load_adapter_of(checkpoint) if lora else load_tuned(checkpoint)
   try:
     if lora:
-      save_adapter(tuned, _OUTPUT.value, dtype=_DTYPE.value)
+      adapter, denoiser = load_adapter_of(checkpoint)
+      save_adapter(adapter, _OUTPUT.value, denoiser, dtype=_DTYPE.value)
     else:
-      save_pipeline(tuned, _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
+      save_pipeline(load_tuned(checkpoint), _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
   except OSError as error:
     raise UserError(f"--output={_OUTPUT.value}: {error}") from error
   print(f"{_FORMAT.value} model in {_OUTPUT.value}")

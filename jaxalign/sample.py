@@ -23,7 +23,6 @@ from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
-from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.storage.files import whole
 from jaxalign.train.opening import own_sampler
@@ -36,9 +35,12 @@ _OUTPUT = _FLAGS.define("string", "output", None, "Folder for the images.")
 _N = _FLAGS.define("integer", "n", 4, "Images per prompt.", lower_bound=1)
 _SEED = _FLAGS.define("integer", "seed", 0, "Same seed, prompts and n: same images.")
 _NEGATIVE = _FLAGS.define("string", "negative_prompt", "", "What to steer away from.")
-_STEPS = _FLAGS.define("integer", "steps", None, "Denoising steps; those of the run, else 20.")
-_GUIDANCE = _FLAGS.define("float", "guidance", None, "Guidance scale; that of the run, else 3.")
-_ETA = _FLAGS.define("float", "eta", None, "DDIM noise in [0, 1]; that of the run, else 1.")
+_STEPS = _FLAGS.define("integer", "steps", None,
+                        "Denoising steps; those of the run, else 20 (28 on a flow).")
+_GUIDANCE = _FLAGS.define("float", "guidance", None,
+                           "Guidance scale; that of the run, else 3 (7 on a flow).")
+_ETA = _FLAGS.define("float", "eta", None,
+                      "Noise of the sampler; that of the run, else 1 (0 on a flow).")
 _HEIGHT = _FLAGS.define("integer", "height", None, "Pixels; as in the run, else the model's.")
 _WIDTH = _FLAGS.define("integer", "width", None, "Pixels; as in the run, else the model's.")
 _BATCH = _FLAGS.define("integer", "batch", 32, "Images per device program.", lower_bound=1)
@@ -63,19 +65,21 @@ def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negati
 
   A batch is spread over all devices.
   """
-  encode, draw = _programs(pipeline, sample or SampleConfig())
+  pipeline, encode, draw = _programs(pipeline, sample or SampleConfig())
   mesh = sharding.make_mesh(-1, 1, 1)
   everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  params = jax.device_put(pipeline.params, everywhere)
+  text = jax.device_put(pipeline.text_params, everywhere)
+  params = jax.device_put({"base": pipeline.variables, "decoder": pipeline.params["vae"]},
+                          everywhere)
   key = jax.device_put(rng.stream(jax.random.key(seed), rng.EVAL), everywhere)
   total = len(prompts) * n
   batch = -(-min(batch, total) // mesh.size) * mesh.size
-  uncond = encode(params, pipeline.tokenize([negative_prompt] * batch))
+  uncond = encode(text, pipeline.tokenize([negative_prompt] * batch))
   with tqdm(total=total, desc="sampling", unit="img") as bar:
     for start in range(0, total, batch):
       ids = np.arange(start, start + batch, dtype=np.int32)
       rows = [prompts[i] for i in np.minimum(ids, total - 1) // n]    # the last batch is filled up
-      cond = encode(params, pipeline.tokenize(rows))
+      cond = encode(text, pipeline.tokenize(rows))
       inputs = jax.device_put((Conditioning(cond, uncond), ids), rows_apart)
       yield np.asarray(draw(params, inputs[0], key, inputs[1]))[:total - start]
       bar.update(min(batch, total - start))
@@ -83,18 +87,19 @@ def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negati
 
 @functools.lru_cache(maxsize=4)     # a notebook that calls `generate` again compiles nothing again
 def _programs(pipeline: Pipeline, sample: SampleConfig):
-  """`encode(params, token ids)` and `draw(params, conditioning, key, ids)`, jitted."""
+  """The pipeline at the size of its images, and jitted `encode(text params, token ids)` and
+  `draw(params, conditioning, key, ids)`."""
   pipeline = pipeline.resized(sample.height, sample.width)
   schedule = Schedule.from_config(pipeline.scheduler_config)
   sampler = make_sampler(schedule, **sample.transitions)
   output_fn = guided_output(pipeline.denoise, sample.guidance)
 
   def draw(params, conditioning, key, ids):
-    trajectory = rollout(output_fn, {"params": params["unet"]}, sampler, conditioning, key, ids,
+    trajectory = rollout(output_fn, params["base"], sampler, conditioning, key, ids,
                          pipeline.latent_shape)
-    images = decode_images(pipeline.vae, params["vae"], trajectory.final)
+    images = pipeline.decode_images(params["decoder"], trajectory.final)
     return (images * 255).round().astype(jnp.uint8)
-  return jax.jit(pipeline.encode_prompts), jax.jit(draw)
+  return pipeline, jax.jit(pipeline.encode_prompts), jax.jit(draw)
 
 
 def _prompts(text: str) -> list[str]:

@@ -372,7 +372,7 @@ def test_a_run_that_goes_on_gives_its_latest_checkpoint(tmp_path, tuned):
   leaves = zip(*(jax.tree.leaves(p.params["unet"]) for p in (load_tuned(path), tuned)))
   assert all((a == b).all() for a, b in leaves)
   half = load_tuned(path, "bfloat16")
-  assert half.unet.dtype == half.vae.dtype == jnp.bfloat16
+  assert half.denoiser.dtype == half.vae.dtype == jnp.bfloat16
   leaves = zip(*(jax.tree.leaves(p.params["unet"]) for p in (half, tuned)))
   assert all((a == b).all() for a, b in leaves)                         # weights stay f32
   (path / "summary.json").write_text("{}")
@@ -381,12 +381,12 @@ def test_a_run_that_goes_on_gives_its_latest_checkpoint(tmp_path, tuned):
 
 
 def test_an_export_computes_in_the_dtype_of_its_run(tmp_path, tuned):
-  assert tuned.unet.dtype == jnp.float32
+  assert tuned.denoiser.dtype == jnp.float32
   path = shutil.copytree(runs.finished(), tmp_path / "run")
   record = json.loads((path / "config.json").read_text())
   record["config"]["model"]["dtype"] = "bfloat16"
   (path / "config.json").write_text(json.dumps(record))
-  dtypes = [load_tuned(*args).unet.dtype for args in (
+  dtypes = [load_tuned(*args).denoiser.dtype for args in (
       (path,), (path, "float32"), (path / "export",), (path / "export", "bfloat16"))]
   assert dtypes == [jnp.bfloat16, jnp.float32, jnp.float32, jnp.bfloat16]
 

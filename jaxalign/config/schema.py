@@ -18,13 +18,13 @@ class ModelConfig:
   Attributes:
     path: diffusers directory or hub id; `jaxalign:emoji` is the embedded model, `jaxalign:fixture`
       a random-weight one for tests.
-    unet: weights in place of those of `path`'s UNet, such as a one-step generator's for SDXL: a
+    unet: weights in place of those of `path`'s denoiser, such as a one-step generator's for SDXL: a
       file (safetensors; a PyTorch pickle is read with `weights_only`) or a folder. Empty: its own.
     teacher: a second model of the same architecture, for methods that compare with one
       (Diff-Instruct*); empty is the model itself.
-    adapter: "lora", or "full" for all weights of the UNet.
+    adapter: "lora", or "full" for all weights of the denoiser.
     lora_rank, lora_targets: width of the adapter, and which layers have one: "attention", "ff",
-      "conv".
+      and in UNets "conv".
     lora: a LoRA file to start from, in diffusers' layout (PEFT's names or the older ones): a
       safetensors file, or a folder with `pytorch_lora_weights.safetensors`. Where adapter is "lora"
       it is the policy's start, of the same rank and targets, and the reference is the model without
@@ -307,7 +307,7 @@ class Config:
 
   @property
   def trains_all(self) -> bool:
-    """Whether all weights of the UNet are trained."""
+    """Whether all weights of the denoiser are trained."""
     return self.model.adapter == "full" and not self.at_inference
 
   @property

@@ -1,6 +1,6 @@
 """LoRA files of the diffusers world: PEFT's names, and the older ones of diffusers itself.
 
-A file has, for each adapted layer of the UNet, a matrix to the rank (`lora_A`) and one back
+A file has, for each adapted layer of the denoiser, a matrix to the rank (`lora_A`) and one back
 (`lora_B`), in PyTorch's layout, and says in its metadata by what the product is multiplied. Our
 factors (see `jaxalign.models.lora`) contain that number, so what is written has alpha equal to the
 rank, and what is read has its scale multiplied into `b`.
@@ -28,11 +28,13 @@ _FACTOR = re.compile(r"(?P<module>.+?)(?:\.lora_(?P<new>A|B)|[._]lora\.(?P<old>d
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def save_adapter(lora, folder, *, dtype: str = "float32") -> pathlib.Path:
+def save_adapter(lora, folder, denoiser: str = "unet", *,
+                 dtype: str = "float32") -> pathlib.Path:
   """Writes an adapter so that PyTorch's `pipeline.load_lora_weights(folder)` gives our images.
 
   Args:
-    lora: the tree of `jaxalign.models.lora`, for a UNet.
+    lora: the tree of `jaxalign.models.lora`.
+    denoiser: what the pipeline calls the network that is adapted, `Pipeline.denoiser_name`.
     folder: made if missing; a file of this name in it is replaced, other files stay.
     dtype: "float32", "float16" or "bfloat16".
   Returns:
@@ -47,16 +49,16 @@ def save_adapter(lora, folder, *, dtype: str = "float32") -> pathlib.Path:
     a, b = (weights.cast(f"{layer}/{x}", flat[f"{layer}/{x}"], dtype) for x in "ab")
     module = _module(layer)
     ranks[module] = a.shape[-1]
-    tensors[f"unet.{module}.lora_A.weight"] = names.to_torch("/kernel", a)
+    tensors[f"{denoiser}.{module}.lora_A.weight"] = names.to_torch("/kernel", a)
     # The way back of a convolution is a 1x1 one.
-    tensors[f"unet.{module}.lora_B.weight"] = names.to_torch(
+    tensors[f"{denoiser}.{module}.lora_B.weight"] = names.to_torch(
         "/kernel", b[None, None] if a.ndim == 4 else b)
   rank = max(ranks.values())
   other = {module: r for module, r in ranks.items() if r != rank}
   config = {"r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": other,
             "target_modules": sorted(ranks)}
   metadata = {"format": "pt", _METADATA: json.dumps(
-      {f"unet.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
+      {f"{denoiser}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)}
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with whole(folder / FILE) as file:
@@ -64,12 +66,13 @@ def save_adapter(lora, folder, *, dtype: str = "float32") -> pathlib.Path:
   return folder / FILE
 
 
-def load_adapter(path, params):
-  """Reads an adapter for the UNet `params`, with PEFT's or diffusers' older names.
+def load_adapter(path, params, denoiser: str = "unet"):
+  """Reads an adapter for a denoiser of `params`, with PEFT's or diffusers' older names.
 
   Args:
     path: a safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
-    params: UNet parameters, arrays or `jax.ShapeDtypeStruct`, whose kernels it has to fit.
+    params: arrays or `jax.ShapeDtypeStruct`, whose kernels it has to fit.
+    denoiser: as in `save_adapter`.
   Returns:
     The tree of `jaxalign.models.lora`, numpy f32; alpha / rank is multiplied into `b`.
   Raises:
@@ -77,12 +80,12 @@ def load_adapter(path, params):
   """
   file = _find(pathlib.Path(path))
   tensors, metadata = _read(file)
-  config = _config(file, metadata)
+  config = _config(file, metadata, denoiser)
   kernels = {path.removesuffix("/kernel"): x.shape
              for path, x in traverse_util.flatten_dict(params, sep="/").items()
              if path.endswith("/kernel")}
   layers = {_module(layer): layer for layer in kernels}
-  found, alphas = _sort(file, tensors, layers)
+  found, alphas = _sort(file, tensors, layers, denoiser)
   tree = {}
   for module, factors in found.items():
     if factors.keys() != {"a", "b"}:
@@ -140,12 +143,12 @@ def _read(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     raise UserError(f"{file}: truncated or corrupt safetensors file ({error})") from error
 
 
-def _config(file: pathlib.Path, metadata: dict[str, str]) -> dict:
-  """PEFT's `LoraConfig` of the UNet as far as the file has it; refuses what LoRA is not."""
+def _config(file: pathlib.Path, metadata: dict[str, str], denoiser: str) -> dict:
+  """PEFT's `LoraConfig` of the denoiser as far as the file has it; refuses what LoRA is not."""
   try:
     config = json.loads(metadata.get(_METADATA, "{}"))
-    config = {key.removeprefix("unet."): value for key, value in config.items()
-              if key.startswith("unet.")}
+    config = {key.removeprefix(f"{denoiser}."): value for key, value in config.items()
+              if key.startswith(f"{denoiser}.")}
   except (ValueError, AttributeError) as error:
     raise UserError(f"{file}: {_METADATA} is not a JSON object") from error
   for key in ("use_dora", "lora_bias"):
@@ -154,17 +157,17 @@ def _config(file: pathlib.Path, metadata: dict[str, str]) -> dict:
   return config
 
 
-def _sort(file: pathlib.Path, tensors, layers) -> tuple[dict, dict]:
+def _sort(file: pathlib.Path, tensors, layers, denoiser: str) -> tuple[dict, dict]:
   """`{module: {"a", "b"}}` and `{module: alpha}`; UserError for any tensor that is neither."""
   found, alphas = {}, {}
   for name in sorted(tensors):
-    plain = name.removeprefix("unet.").replace(".processor.", ".")
+    plain = name.removeprefix(f"{denoiser}.").replace(".processor.", ".")
     match = _FACTOR.fullmatch(plain)
     module = match["module"] if match else plain.removesuffix(".alpha")
     if module.endswith(".to_out"):           # the oldest names leave the place in the list out
       module += ".0"
     if module not in layers or not (match or plain.endswith(".alpha")):
-      raise UserError(f"{file}: {name} is not an adapter of a layer of this UNet")
+      raise UserError(f"{file}: {name} is not an adapter of a layer of this {denoiser}")
     if not match:
       alphas[module] = float(tensors[name].reshape(-1)[0]) if tensors[name].size else 0.0
       continue

@@ -6,62 +6,45 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Sequence
 
 import jax
 
 from jaxalign.convert import weights
 from jaxalign.errors import UserError
-from jaxalign.models.pipeline import Pipeline
-from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.models.pipeline import Pipeline, families
+from jaxalign.models.tokenizer import load_tokenizer
 
 FORMATS = ("diffusers", "flax")
-XL = "StableDiffusionXLPipeline"
-PIPELINES = ("StableDiffusionPipeline", XL)
-
-# Component -> supported classes; None for any. Flax names carry the prefix "Flax".
-_COMPONENTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": None,
-}
-_XL_COMPONENTS = _COMPONENTS | {
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer_2": _COMPONENTS["tokenizer"],
-}
-_FLAX_SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
-                    "EulerDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler")
 
 
 def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
                   shapes_only: bool = False) -> Pipeline:
-  """Reads a checkpoint of Stable Diffusion 1.x, 2.x (and its Turbo form) or XL.
+  """Reads a checkpoint of a family that there is a file of in `jaxalign.models`.
 
   Args:
     path: directory in diffusers' layout with safetensors (one file or sharded) or Flax msgpack
       weights; or a hub id `organisation/name`, if `huggingface_hub` is installed.
-    unet: weights that take the place of the directory's UNet, of the same architecture: a file, or
-      a folder like `unet/`. Only here a pickled file is read, through torch's `weights_only`.
+    unet: weights that take the place of the directory's denoiser, of the same architecture: a file,
+      or a folder like `unet/`. Only here a pickled file is read, through torch's `weights_only`.
     dtype: what the networks compute in; parameters are f32 in any case.
-    remat: "none" or "block", see `UNet2DConditionModel`.
+    remat: "none" or "block": blocks of the networks are computed again in the backward pass.
     shapes_only: reads no weights, of which there need be none; `params` are shapes then.
   Raises:
     UserError: one line that names the file or config key at fault.
   """
   folder = _resolve(path)
-  configs = {"model_index": read_json(folder / "model_index.json")}
-  _check_index(folder / "model_index.json", configs["model_index"])
-  tokenizers = {}
-  for name in _components(configs["model_index"]):
+  index = read_json(folder / "model_index.json")
+  configs, tokenizers = {"model_index": index}, {}
+  for name in _check_index(folder / "model_index.json", index):
     if not (folder / name).is_dir():
       raise UserError(f"{folder / name}: component is missing")
     if name.startswith("tokenizer"):
-      tokenizers[name] = Tokenizer.load(folder / name)
+      tokenizers[name] = load_tokenizer(index[name][1], folder / name)
     else:
       configs[name] = read_json(folder / name / _config_file(name))
   try:
-    pipeline = Pipeline.build(configs, **tokenizers, params={}, dtype=dtype, remat=remat)
+    pipeline = Pipeline.build(configs, tokenizers, {}, dtype=dtype, remat=remat)
   except UserError as error:
     raise UserError(f"{folder}: {error}") from error
   shapes = pipeline.param_shapes()
@@ -69,8 +52,9 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
     return dataclasses.replace(pipeline, params=shapes)
   params, stored, extras = {}, {}, {}
   for name in pipeline.networks:
-    source = pathlib.Path(unet) if unet and name == "unet" else folder / name
-    params[name], stored[name], extras[name] = weights.load(source, name, shapes[name])
+    source = pathlib.Path(unet) if unet and name == pipeline.denoiser_name else folder / name
+    params[name], stored[name], extras[name] = weights.load(
+        source, name, shapes[name], as_stored=name in pipeline.as_stored)
   return dataclasses.replace(pipeline, params=params, stored=stored, extras=extras)
 
 
@@ -84,9 +68,9 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
   Args:
     pipeline: what to write.
     path: the directory; new, empty, or a checkpoint.
-    format: "diffusers" for the PyTorch class that it was read from, "flax" for
-      `FlaxStableDiffusionPipeline`, which is there for all but Stable Diffusion XL.
-    params: `{"unet": tree, ...}` to write instead of the pipeline's own; may name some models only.
+    format: "diffusers" for the PyTorch class that it was read from, "flax" for its Flax form, which
+      few families have.
+    params: `{"vae": tree, ...}` to write instead of the pipeline's own; may name some models only.
     dtype: "float32", "float16" or "bfloat16"; None keeps each tensor as it was stored.
   Raises:
     UserError: `path` holds something else, or the model does not exist in that format.
@@ -95,13 +79,19 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
     raise UserError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
   if dtype is not None and dtype not in weights.DTYPES:
     raise UserError(f"dtype: {dtype!r} is not one of {', '.join(weights.DTYPES)}")
+  if format not in pipeline.formats:
+    raise UserError(f"format: {format} is not written for {type(pipeline).__name__}")
   params = {**pipeline.params, **(params or {})}
-  _check_params(pipeline.networks, pipeline.params, params)
+  _check_params(pipeline.params, params)
   path = pathlib.Path(path)
   if path.exists() and not (path / "model_index.json").is_file() and (
       not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path}: exists and is not a checkpoint; not overwritten")
-  configs = _export_configs(pipeline.configs, format, dtype)
+  configs = pipeline.export_configs(format)
+  for name in pipeline.text_encoders:
+    for key in ("dtype", "torch_dtype"):  # newer transformers versions load in this dtype
+      if dtype and key in configs[name]:
+        configs[name][key] = dtype
   path = path.resolve()  # renames need the real folder's file system
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
@@ -111,32 +101,44 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
       _write_json(new / name / _config_file(name), configs[name])
     for name in pipeline.networks:
       weights.save(new / name, name, params[name], pipeline.stored.get(name, {}),
-                   pipeline.extras.get(name, {}), format=format, dtype=dtype)
-    pipeline.tokenizer.save(new / "tokenizer")
-    if pipeline.tokenizer_2:
-      pipeline.tokenizer_2.save(new / "tokenizer_2")
+                   pipeline.buffers.get(name, {}), format=format, dtype=dtype)
+    for name, tokenizer in pipeline.tokenizers.items():
+      tokenizer.save(new / name)
     _write_json(new / "model_index.json", configs["model_index"])
     if not path.exists():
       os.rename(new, path)
       return
     # The index goes first and comes back last: in between, the directory is not a checkpoint.
     (path / "model_index.json").unlink(missing_ok=True)
-    for name in (*_XL_COMPONENTS, "model_index.json"):
+    for name in (*_folders(), "model_index.json"):
       if (path / name).exists():
         os.rename(path / name, pathlib.Path(temporary) / f"old_{name}")
       if (new / name).exists():
         os.rename(new / name, path / name)
 
 
+def _folders() -> list[str]:
+  """All folders that a checkpoint of any family may have."""
+  return sorted({name for family in families().values() for name in family.components})
+
+
 def _resolve(path) -> pathlib.Path:
-  folder = find_folder(path, ["model_index.json"] + [f"{name}/*" for name in _XL_COMPONENTS])
+  patterns = ["model_index.json"] + [f"{name}/*" for name in _folders()]
+  # Half-precision variants only where there is nothing else: with the rest they can be 30 GB more.
+  folder = find_folder(path, patterns, ["*.fp16*"])
+  if folder != pathlib.Path(path) and not all(
+      any(file.suffix in (".safetensors", ".msgpack") for file in config.parent.iterdir())
+      for config in folder.glob("*/config.json")):
+    folder = find_folder(path, patterns)
   if not (folder / "model_index.json").is_file():
     raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json")
   return folder
 
 
-def find_folder(path, patterns: list[str]) -> pathlib.Path:
+def find_folder(path, patterns: list[str], ignored: Sequence[str] = ()) -> pathlib.Path:
   """The local directory of `path`; of a hub id, the files that match `patterns` are downloaded.
+
+  Those that match `ignored` too are not, nor pickled and foreign ones.
 
   Raises:
     UserError: neither a directory nor a hub id that can be downloaded.
@@ -154,7 +156,7 @@ def find_folder(path, patterns: list[str]) -> pathlib.Path:
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
         str(path), allow_patterns=patterns,
-        ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*"]))
+        ignore_patterns=["*.bin", "*.ckpt", "*non_ema*", "*.onnx*", *ignored]))
   except Exception as error:  # the library raises its own errors and those of its HTTP client
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path}: not a directory, and the hub download failed: {reason}") from error
@@ -176,77 +178,35 @@ def _write_json(file: pathlib.Path, content: dict) -> None:
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _components(index: dict) -> dict[str, tuple[str, ...] | None]:
-  """What the directory of this `model_index.json` has, and of which classes it may be."""
-  return _XL_COMPONENTS if index["_class_name"] == XL else _COMPONENTS
-
-
 def _config_file(name: str) -> str:
   return "scheduler_config.json" if name == "scheduler" else "config.json"
 
 
-def _check_index(file: pathlib.Path, index: dict) -> None:
+def _check_index(file: pathlib.Path, index: dict) -> list[str]:
+  """Folders of the components that this `model_index.json` names; UserError for what we lack."""
   kind = str(index.get("_class_name"))
-  if kind not in (*PIPELINES, f"Flax{PIPELINES[0]}"):
+  flax = [name for name, family in families().items() if "flax" in family.formats]
+  name = kind.removeprefix("Flax") if kind.removeprefix("Flax") in flax else kind
+  if name not in families():
     raise UserError(f"{file}: _class_name {kind!r} is not supported (only "
-                    f"{', '.join(PIPELINES)}, and the first one's Flax form)")
-  for name, classes in _components(index).items():
+                    f"{', '.join(families())}, and the Flax form of {', '.join(flax)})")
+  family, found = families()[name], []
+  for name, classes in family.components.items():
     value = index.get(name)
+    if name in family.optional and (value is None or isinstance(value, list) and None in value):
+      continue
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
       raise UserError(f"{file}: component {name!r} is missing")
     if classes and value[1].removeprefix("Flax") not in classes:
       raise UserError(f"{file}: {name} of class {value[1]!r} is not supported "
                       f"(only {' or '.join(classes)})")
+    found.append(name)
+  return found
 
 
-def _check_params(networks: tuple[str, ...], own: dict, given: dict) -> None:
+def _check_params(own: dict, given: dict) -> None:
   """ValueError unless `given` has the names and shapes of the pipeline's own parameters."""
-  for name in networks:
+  for name in own:
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree[name]) for tree in (own, given)]
     if shapes[0] != shapes[1]:
       raise ValueError(f"params: the {name} tree differs from the pipeline's in names or shapes")
-
-
-def _export_configs(configs: dict[str, dict], format: str, dtype: str | None) -> dict[str, dict]:
-  """The JSON files for `format`: class names changed where needed, everything else kept."""
-  prefix = "Flax" if format == "flax" else ""
-  renamed = lambda name: prefix + name.removeprefix("Flax")
-  configs = {name: dict(config) for name, config in configs.items()}
-  if format == "flax":
-    _check_flax(configs)
-  for name in ("unet", "vae", "scheduler"):
-    if "_class_name" in configs[name]:
-      configs[name]["_class_name"] = renamed(configs[name]["_class_name"])
-  for name in configs.keys() & {"text_encoder", "text_encoder_2"}:
-    for key in ("dtype", "torch_dtype"):  # newer transformers versions load in this dtype
-      if dtype and key in configs[name]:
-        configs[name][key] = dtype
-  index = configs["model_index"]
-  index["_class_name"] = renamed(index["_class_name"])
-  for name in configs.keys() - {"model_index"}:
-    index[name] = [index[name][0], renamed(index[name][1])]
-  # Components that we neither need nor carry, such as the safety checker, are declared absent.
-  for name in ("feature_extractor", "image_encoder"):
-    index[name] = [None, None]
-  if index["_class_name"] == XL:
-    return configs
-  index["safety_checker"], index["requires_safety_checker"] = [None, None], False
-  if format == "flax":
-    # The Flax class takes "absent" only with the library named, and has no other optional parts.
-    index["feature_extractor"] = ["transformers", None]
-    index["safety_checker"] = ["stable_diffusion", None]
-    del index["image_encoder"], index["requires_safety_checker"]
-  return configs
-
-
-def _check_flax(configs: dict[str, dict]) -> None:
-  """UserError where diffusers' Flax classes would silently compute something else."""
-  if configs["model_index"]["_class_name"] == XL:
-    raise UserError(f"format: flax is not written for {XL}")
-  for model, key, only in (("unet", "norm_num_groups", (32,)), ("unet", "norm_eps", (1e-5,)),
-                           ("vae", "shift_factor", (None, 0, 0.0))):
-    if configs[model].get(key, only[0]) not in only:
-      raise UserError(f"format: flax has no {model} with {key} = {configs[model][key]!r}")
-  scheduler = configs["model_index"]["scheduler"][1].removeprefix("Flax")
-  if scheduler not in _FLAX_SCHEDULERS:
-    raise UserError(f"format: flax has no scheduler {scheduler}")

@@ -5,7 +5,7 @@ import numpy as np
 
 # Flax writes list members as `name_0`, PyTorch as `name.0`. `linear_1` and the like are no lists.
 _LISTS = re.compile(r"\b((?:down|up|transformer)_blocks|resnets|attentions|(?:down|up)samplers"
-                    r"|to_out|net)_(\d+)")
+                    r"|to_out|net|block|layer)_(\d+)")
 _WEIGHTS = ("kernel", "scale", "embedding")
 
 # diffusers renamed the attention of the autoencoder; the Flax class and older files did not.

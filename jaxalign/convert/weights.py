@@ -17,6 +17,11 @@ from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Stored
 
 DTYPES = ("float32", "float16", "bfloat16")
+# Buffers among the parameters, kept for the way back: position ids that old transformers versions
+# saved, and the table of positions of Stable Diffusion 3.
+_EXTRAS = ("position_ids", "pos_embed.pos_embed")
+# Second names of one tensor, which some files of T5 have.
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 _SHOWN = 3  # tensors named per kind of mismatch
 
 
@@ -94,6 +99,7 @@ def _read_folder(folder: pathlib.Path, model: str):
   for name, read, format in ((torch, _read_safetensors, "diffusers"),
                              (f"{torch}.index.json", _read_sharded, "diffusers"),
                              (half, _read_safetensors, "diffusers"),
+                             (f"{torch}.index.fp16.json", _read_sharded, "diffusers"),
                              (flax, _read_msgpack, "flax")):
     if (folder / name).is_file():
       return folder / name, format, read(folder / name)
@@ -123,17 +129,20 @@ def _check(file: pathlib.Path, expected: dict[str, tuple], tensors: dict[str, np
 
 
 def load(source: pathlib.Path, model: str, shapes,
-         adapt: Callable[[dict], dict] = lambda tensors: tensors) -> tuple[Any, dict, dict]:
+         adapt: Callable[[dict], dict] = lambda tensors: tensors, *,
+         as_stored: bool = False) -> tuple[Any, dict, dict]:
   """Reads one network.
 
   Args:
     source: the folder that holds the weight file or files; or one file, named by the user.
-    model: "unet", "vae", "text_encoder", "text_encoder_2", "clip" (both towers) or "head".
+    model: a network's folder in a checkpoint, "clip" (both towers) or "head".
     shapes: the expected tree of `jax.ShapeDtypeStruct`.
     adapt: `tensors -> tensors`, from the names and layouts of a PyTorch file to those of
       transformers or diffusers, before they are matched with `shapes`.
+    as_stored: parameters stay in the dtype of the file.
   Returns:
-    The tree of numpy f32 arrays, `Stored` by parameter path, and tensors that are no parameters.
+    The tree of numpy arrays, f32 unless `as_stored`, `Stored` by parameter path, and tensors that
+    are no parameters.
   Raises:
     UserError: no usable weights, or they do not fit `shapes`.
   """
@@ -142,8 +151,10 @@ def load(source: pathlib.Path, model: str, shapes,
     tensors = adapt(tensors)
   shapes = {path: leaf.shape for path, leaf in
             traverse_util.flatten_dict(shapes, sep="/").items()}
-  # Buffers that old transformers versions saved; kept for the way back.
-  extras = {name: tensors.pop(name) for name in sorted(tensors) if name.endswith("position_ids")}
+  for name, own in _TIED.items():
+    if name in tensors and own in tensors and np.array_equal(tensors[name], tensors[own]):
+      del tensors[name]
+  extras = {name: tensors.pop(name) for name in sorted(tensors) if name.endswith(_EXTRAS)}
   standard = {path: names.torch_name(path) for path in shapes}
   if model == "vae":  # old files keep the old attention names, which are also the Flax ones
     standard = {path: name if format == "diffusers" and name in tensors
@@ -156,7 +167,8 @@ def load(source: pathlib.Path, model: str, shapes,
     # One after the other, so that a large network is not held twice.
     arrays = {path: names.from_torch(path, tensors.pop(standard[path])) for path in shapes}
   stored = {path: Stored(standard[path], str(arrays[path].dtype)) for path in shapes}
-  params = {path: np.asarray(arrays.pop(path), np.float32) for path in shapes}
+  params = {path: np.asarray(arrays.pop(path), None if as_stored else np.float32)
+            for path in shapes}
   return traverse_util.unflatten_dict(params, sep="/"), stored, extras
 
 

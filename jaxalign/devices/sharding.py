@@ -23,13 +23,15 @@ BATCH = P(("data", "fsdp"))
 PARAM_RULES = (
     (r"(^|/)(a|b)$", P()),                      # factors of adapters
     (r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|query|key|value)/kernel$", P("fsdp", "tensor")),
-    (r"(to_out_0|out_proj|proj_attn|net_2|fc2)/kernel$", P("tensor", "fsdp")),
-    (r"(net_0/proj|fc1)/kernel$", P("fsdp", "tensor")),
-    (r"(conv\w*|patch_embedding|proj_in|proj_out)/kernel$", P(None, None, None, "fsdp")),
-    (r"(linear_\d|time_emb_proj|visual_projection|text_projection|proj\w*)/kernel$",
-     P("fsdp", None)),
-    (r"(token_embedding|position_embedding)/embedding$", P("fsdp", None)),
-    (r"(bias|scale|class_embedding|logit_scale)$", P()),
+    (r"(to_out_0|to_add_out|out_proj|proj_attn|net_2|fc2|SelfAttention/o|wo)/kernel$",
+     P("tensor", "fsdp")),
+    (r"(net_0/proj|fc1|SelfAttention/[qkv]|wi_\d|norm\w*/linear)/kernel$", P("fsdp", "tensor")),
+    (r"(conv\w*|patch_embedding|pos_embed/proj|proj_in|proj_out)/kernel$",
+     P(None, None, None, "fsdp")),
+    (r"(linear_\d|time_emb_proj|context_embedder|visual_projection|text_projection|proj\w*)"
+     r"/kernel$", P("fsdp", None)),
+    (r"(token_embedding|position_embedding|shared)/embedding$", P("fsdp", None)),
+    (r"(bias|scale|class_embedding|logit_scale|relative_attention_bias/embedding|pos_embed)$", P()),
 )
 
 

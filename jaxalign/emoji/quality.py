@@ -41,7 +41,7 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
          guidance: float = GUIDANCE):
   """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise, or the one step of a
   one-step generator, which has no guidance."""
-  sample = _program(pipeline.unet, pipeline.vae, tuple(
+  sample = _program(pipeline.denoiser, pipeline.vae, tuple(
       (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))),
       guidance)
   mesh = sharding.make_mesh(-1, 1, 1)

@@ -3,7 +3,8 @@ import ml_collections
 
 # Pairs at a growing distance from the model -> the reward that tells how much of them was learned.
 MISMATCH = {"r0": "emoji_clip", "r1": "emoji_clip", "r2": "emoji_clip", "r3": "grayness"}
-PAIR_SIZES = ("emoji", *MISMATCH, "smoke", "sd15", "sdxl")   # arguments of preference recipes
+# Arguments of preference recipes.
+PAIR_SIZES = ("emoji", *MISMATCH, "smoke", "smoke_sd3", "sd15", "sdxl", "sd35")
 
 
 def make_pairs(config: ml_collections.ConfigDict, size: str) -> None:

@@ -38,10 +38,12 @@ class Models:
     denoise: `(variables, x_t [B,...], t [] or [B], cond) -> prediction [B,...]`.
     schedule: the path, and what predictions mean; sampler: the transitions; guidance: scale used in
       sampling and in losses; latent_shape: `(h, w, c)`.
+    with_origin: `(cond, origin [B, 4]) -> cond` of images of another size than those sampled:
+      height and width of the file, top and left of the crop, in pixels.
     combine: `(policy | None, base) -> variables` for `denoise`; None switches the policy off and
       gives the reference.
     init_policy: `(key, frozen) -> policy`, the trainable part: LoRA factors (`frozen["adapter"]`
-      if there is one), or a copy of `frozen["base"]`.
+      if there is one), or a copy of the base model's parameters.
     decode: `(decoder params, latents) -> images [B,H,W,3] in [0, 1]`.
     score: `(reward params, images, prepared) -> [B]` f32, or None where the reward is a black box.
     flow: an auxiliary latent-valued network, or None.
@@ -65,6 +67,7 @@ class Models:
   frozen: Mapping[str, Any]
   reward_std: float = 1.0
   decode_unclamped: Callable | None = None
+  with_origin: Callable = lambda cond, origin: cond
   base_is_generator: bool = False
 
   @property

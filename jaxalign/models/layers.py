@@ -1,4 +1,4 @@
-"""Layers that UNet and VAE share: Dense and Conv with LoRA, norms, ResNet block.
+"""Layers that the networks share: Dense and Conv with LoRA, norms, embeddings, ResNet block.
 
 Parameters are f32; `dtype` is what a layer computes in. Dense and Conv read a second variable
 collection, `"lora"`: where it holds factors `a` and `b` at a layer's path, a low-rank path runs
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.errors import UserError
+
+REMAT = ("none", "block")
 
 
 def _lora_factors(module: nn.Module, dtype):
@@ -85,9 +87,34 @@ def layer_norm(dtype, name: str) -> nn.Module:
   return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def check_remat(remat: str) -> None:
+  if remat not in REMAT:
+    raise ValueError(f"remat: {remat!r} is not one of {REMAT}")
+
+
 def rematted(module, remat: str):
   """`module`, its activations computed again in the backward pass where `remat` is "block"."""
   return nn.remat(module) if remat == "block" else module
+
+
+def sinusoid(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
+  """Sinusoidal embedding of `t [N]` -> `[N, dim]` f32; wavelengths 2 pi to 2 pi 10^4."""
+  half = dim // 2
+  rates = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+  angle = t.astype(jnp.float32)[:, None] * rates[None]
+  parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+  return jnp.concatenate(parts, axis=-1)
+
+
+class TwoLayer(nn.Module):
+  """`[..., in] -> [..., width]`: linear, SiLU, linear; what embeds times and pooled texts."""
+  width: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
+    return Dense(self.width, dtype=self.dtype, name="linear_2")(x)
 
 
 class ResnetBlock(nn.Module):

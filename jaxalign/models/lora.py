@@ -6,20 +6,16 @@ here, that is alpha == rank.
 """
 import re
 import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-# Which kernels an adapter target covers; paths as in `down_blocks_0/resnets_0/conv1`.
-TARGETS = {
-    "attention": r"attn\d/to_(q|k|v|out_0)$",
-    "ff": r"ff/(net_0/proj|net_2)$",
-    "conv": r"(resnets_\d+/(conv1|conv2|conv_shortcut)|samplers_0/conv)$",
-}
+from jaxalign.errors import UserError
 
 
-def init(key, params, rank: int, targets=("attention",)):
+def init(key, params, rank: int, targets: Mapping[str, str]):
   """New adapter: `a` Gaussian with standard deviation 1/rank (PEFT's "gaussian"), `b` zero.
 
   The network's output does not change until `b` moves.
@@ -28,21 +24,20 @@ def init(key, params, rank: int, targets=("attention",)):
     key: random key; a factor depends on it and on its own path only.
     params: parameter tree of the network (arrays or `jax.ShapeDtypeStruct`).
     rank: inner width, >= 1.
-    targets: names out of `TARGETS`.
+    targets: name -> pattern of the paths it covers, such as `down_blocks_0/resnets_0/conv1`; see
+      `Pipeline.adapter_targets`.
   Returns:
     Nested dict of `a [..., in, rank]` and `b [rank, out]`, f32.
   Raises:
-    ValueError: an unknown target, or one that matches no layer.
+    UserError: a target that this network has no layer for.
   """
   tree = {}
   flat = traverse_util.flatten_dict(params, sep="/")
-  for target in targets:
-    if target not in TARGETS:
-      raise ValueError(f"targets: {target!r} is not one of {tuple(TARGETS)}")
+  for target, pattern in targets.items():
     paths = [p.removesuffix("/kernel") for p in sorted(flat) if p.endswith("/kernel")]
-    paths = [p for p in paths if re.search(TARGETS[target], p)]
+    paths = [p for p in paths if re.search(pattern, p)]
     if not paths:
-      raise ValueError(f"targets: {target!r} matches no layer of this network")
+      raise UserError(f"model.lora_targets: {target!r} matches no layer of this network")
     for path in paths:
       shape = flat[f"{path}/kernel"].shape
       path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))

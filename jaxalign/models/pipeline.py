@@ -1,17 +1,26 @@
-"""A text-to-image model: its networks, its parameters and what is needed to write it back."""
-import dataclasses
-import math
-from typing import Any
+"""A text-to-image model: its networks, its parameters and what is needed to write it back.
 
+How the parts of a model work together is its family's business. A family is a file of this folder
+with a subclass of `Pipeline`, named as the `_class_name` in the `model_index.json` of its
+checkpoints; nobody else asks which family a model is of.
+"""
+import dataclasses
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxalign import models
 from jaxalign.errors import UserError
-from jaxalign.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.models.unet import UNet2DConditionModel
-from jaxalign.models.vae import AutoencoderKL
+from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,147 +48,98 @@ def random_params(shapes, seed: int):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+@functools.cache
+def families() -> dict[str, type["Pipeline"]]:
+  """`_class_name` of a checkpoint -> the subclass of `Pipeline` that is its family."""
+  found = {}
+  for file in pkgutil.iter_modules(models.__path__):
+    module = importlib.import_module(f"{models.__name__}.{file.name}")
+    found |= {name: kind for name, kind in vars(module).items()
+              if isinstance(kind, type) and issubclass(kind, Pipeline) and kind is not Pipeline
+              and kind.__module__ == module.__name__}
+  return dict(sorted(found.items()))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
   """Static networks beside their parameters. Compared and hashed by identity.
 
-  Build with `Pipeline.build` (new weights) or `jaxalign.convert.load_pipeline` (a checkpoint).
+  Build with `Pipeline.build` (new weights) or `jaxalign.convert.load_pipeline` (a checkpoint); both
+  give an object of the checkpoint's family. Networks, tokenizers and JSON files are known by their
+  folder in a checkpoint.
 
   Attributes:
-    unet, vae, text_encoder: Linen modules, that is descriptions without weights.
-    tokenizer: `tokenizer(prompts) -> [B, L]` int32.
-    params: one nested dict of numpy f32 arrays for each name in `networks`.
+    networks: Linen modules, that is descriptions without weights: the denoiser, "vae" and the text
+      encoders, in the order in which these are joined.
+    tokenizers: `tokenizer(prompts) -> [B, L]` int32, one for each text encoder.
+    params: one nested dict of numpy arrays for each of `networks`, f32 but for `as_stored`.
     configs: the JSON files as read: "model_index", "scheduler", and those of `networks`.
-    text_encoder_2, tokenizer_2: the second text encoder and its tokenizer in Stable Diffusion XL;
-      None elsewhere.
     size: height and width of the images in pixels; None for those the checkpoint was made for.
-    stored: model name -> parameter path ("a/b/kernel") -> `Stored`; empty for new weights.
-    extras: model name -> tensors of the file that are not parameters, such as position ids.
+    stored: network -> parameter path ("a/b/kernel") -> `Stored`; empty for new weights.
+    extras: network -> tensors of the file that are not parameters, such as position ids.
+
+  What a family says of itself:
+    denoiser_name: the denoiser's folder.
+    components: folders of a checkpoint, and the classes that each may be of (None: any).
+    optional: those of them that a checkpoint may lack.
+    as_stored: networks so large that their parameters stay in the dtype of the file.
+    formats: what checkpoints can be written as, see `save_pipeline`.
+    lora_targets: what an adapter may cover -> pattern of the paths of those layers.
   """
-  unet: UNet2DConditionModel
-  vae: AutoencoderKL
-  text_encoder: CLIPTextModel
-  tokenizer: Tokenizer
+  networks: dict[str, nn.Module]
+  tokenizers: dict[str, Tokenizer]
   params: dict[str, Any]
   configs: dict[str, dict]
-  text_encoder_2: CLIPTextModelWithProjection | None = None
-  tokenizer_2: Tokenizer | None = None
   size: tuple[int, int] | None = None
   stored: dict[str, dict[str, Stored]] = dataclasses.field(default_factory=dict)
   extras: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
-  @classmethod
-  def build(cls, configs: dict[str, dict], tokenizer: Tokenizer, params=None, *,
-            tokenizer_2: Tokenizer | None = None, seed: int = 0, dtype="float32",
-            remat: str = "none") -> "Pipeline":
+  denoiser_name: ClassVar[str]
+  components: ClassVar[dict[str, tuple[str, ...] | None]]
+  optional: ClassVar[tuple[str, ...]] = ()
+  as_stored: ClassVar[tuple[str, ...]] = ()
+  formats: ClassVar[tuple[str, ...]] = ("diffusers",)
+  lora_targets: ClassVar[dict[str, str]]
+
+  @staticmethod
+  def build(configs: dict[str, dict], tokenizers: dict[str, Tokenizer], params=None, *,
+            seed: int = 0, dtype="float32", remat: str = "none") -> "Pipeline":
     """Pipeline from JSON configs, with `params`, or where None with random ones from `seed`.
 
-    Where `configs` has a "text_encoder_2", it is Stable Diffusion XL, and has a `tokenizer_2`.
-
     Raises:
-      UserError: a config describes a network that is not supported, or the UNet takes something
+      UserError: a config describes a network that is not supported, or the denoiser takes something
         else than the text encoders give.
     """
-    second = None
-    if "text_encoder_2" in configs:
-      second = CLIPTextModelWithProjection.from_config(configs["text_encoder_2"], jnp.dtype(dtype))
-    pipeline = cls(UNet2DConditionModel.from_config(configs["unet"], dtype=dtype, remat=remat),
-                   AutoencoderKL.from_config(configs["vae"], dtype=dtype, remat=remat),
-                   CLIPTextModel.from_config(configs["text_encoder"], dtype=jnp.dtype(dtype)),
-                   tokenizer, params, configs, second, tokenizer_2)
-    pipeline._check_widths()
+    name = configs["model_index"]["_class_name"].removeprefix("Flax")
+    family = families()[name]
+    pipeline = family(family.make_networks(configs, jnp.dtype(dtype), remat), tokenizers, params,
+                      configs)
+    pipeline.check_widths()
     if params is None:
       params = random_params(pipeline.param_shapes(), seed)
     return dataclasses.replace(pipeline, params=params)
 
-  @property
-  def scheduler_config(self) -> dict:
-    """The parsed `scheduler/scheduler_config.json`."""
-    return self.configs["scheduler"]
+  # What a family provides.
 
-  @property
-  def text_encoders(self) -> tuple[str, ...]:
-    """Names of the text encoders, in the order in which their states are joined."""
-    return ("text_encoder", "text_encoder_2") if self.text_encoder_2 else ("text_encoder",)
+  @classmethod
+  def make_networks(cls, configs: dict[str, dict], dtype, remat: str) -> dict[str, nn.Module]:
+    """`networks` of these JSON files; UserError for what is not supported."""
+    raise NotImplementedError
 
-  @property
-  def networks(self) -> tuple[str, ...]:
-    """Names of all networks, and so the keys of `params`."""
-    return ("unet", "vae", *self.text_encoders)
-
-  @property
-  def image_size(self) -> tuple[int, int]:
-    """Height and width of the images in pixels."""
-    return self.size or (self.unet.config.sample_size * self.vae.factor,) * 2
-
-  @property
-  def latent_shape(self) -> tuple[int, int, int]:
-    """`(h, w, c)` of the latents of images of `image_size`."""
-    height, width = self.image_size
-    return height // self.vae.factor, width // self.vae.factor, self.unet.config.in_channels
-
-  def resized(self, height: int, width: int) -> "Pipeline":
-    """The same for images of that many pixels; 0 stands for the checkpoint's own size.
-
-    Raises:
-      UserError: not a whole number of latents; names the config key.
-    """
-    factor, own = self.vae.factor, self.unet.config.sample_size * self.vae.factor
-    for key, pixels in (("height", height), ("width", width)):
-      if pixels % factor:
-        raise UserError(f"sample.{key}={pixels} is not a multiple of {factor}, the pixels of this "
-                        "model's autoencoder per latent")
-    return dataclasses.replace(self, size=(height or own, width or own))
-
-  def _check_widths(self) -> None:
-    """UserError unless the UNet takes what the text encoders give."""
-    config, towers = self.unet.config, [getattr(self, name).config for name in self.text_encoders]
-    widths = [tower.hidden_size for tower in towers]
-    if sum(widths) != config.cross_attention_dim:
-      raise UserError(f"unet/config.json: cross_attention_dim = {config.cross_attention_dim}, but "
-                      f"the states of {' and '.join(self.text_encoders)} are "
-                      f"{' + '.join(map(str, widths))} wide")
-    kind = "text_time" if self.text_encoder_2 else None
-    if config.addition_embed_type != kind:
-      raise UserError(f"unet/config.json: addition_embed_type = {config.addition_embed_type!r}, "
-                      f"which with {' and '.join(self.text_encoders)} is {kind!r}")
-    if kind:
-      taken, times = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-      if towers[1].projection_dim + 6 * times != taken:
-        raise UserError(f"unet/config.json: projection_class_embeddings_input_dim = {taken} is not "
-                        f"the projection_dim of text_encoder_2, {towers[1].projection_dim}, plus 6 "
-                        f"times addition_time_embed_dim, {times}")
-
-  def param_shapes(self) -> dict[str, Any]:
-    """The trees of `jax.ShapeDtypeStruct` that `params` must have; computes nothing."""
-    key = jax.random.key(0)
-    # The smallest image: every level of the autoencoder needs at least one pixel.
-    image = jnp.zeros((1, self.vae.factor, self.vae.factor, self.vae.config.in_channels))
-    inputs = {"unet": self.unet.example_inputs(), "vae": (image,),
-              **{name: (jnp.zeros((1, 2), jnp.int32),) for name in self.text_encoders}}
-    return {name: jax.eval_shape(getattr(self, name).init, key, *inputs[name])["params"]
-            for name in self.networks}
+  def check_widths(self) -> None:
+    """UserError unless the denoiser takes what the text encoders give."""
+    raise NotImplementedError
 
   def denoise(self, variables, x_t, t, cond):
-    """The denoiser: prediction `[B, h, w, c]` f32 at train timestep `t` (`[]` or `[B]`).
+    """The denoiser: prediction `[B, h, w, c]` f32 at time `t` (`[]` or `[B]`).
 
     Args:
-      variables: `{"params": unet tree}`, and `"lora"` where there is an adapter.
+      variables: as the property of this name; with `"lora"` where there is an adapter.
       x_t: `[B, h, w, c]` noisy scaled latents.
-      t: 0 to 999, 999 noisiest.
+      t: 0 to 999 or, in flow models, 1000; the larger the noisier.
       cond: as `encode_prompts` returns it.
     """
-    return self.unet.apply(variables, x_t, t, cond["text"], cond.get("added"))
-
-  def tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
-    """Token ids `[B, L]` int32 for each text encoder, what `encode_prompts` takes."""
-    ids = {"text_encoder": self.tokenizer(prompts)}
-    return {**ids, "text_encoder_2": self.tokenizer_2(prompts)} if self.tokenizer_2 else ids
-
-  @property
-  def text_params(self) -> dict[str, Any]:
-    """The part of `params` that `encode_prompts` reads."""
-    return {name: self.params[name] for name in self.text_encoders}
+    raise NotImplementedError
 
   def encode_prompts(self, params, ids) -> dict:
     """What `denoise` takes as `cond`; every leaf has B as leading axis and is f32.
@@ -187,26 +147,164 @@ class Pipeline:
     Args:
       params: as `text_params`.
       ids: as `tokenize` returns them.
-    Returns:
-      `{"text": [B, L, D]}`: states after the last layer and its norm. For Stable Diffusion XL the
-      states before the last layer of both encoders side by side, and `"added"`: `text_embeds
-      [B, P]`, the second encoder's projection, and `time_ids [B, 6]`: original height and width,
-      top and left of the crop, target height and width, in pixels: here an uncropped image of
-      `image_size`; to be replaced where images of other sizes are trained on. There the empty
-      prompt gives zeros for both embeddings, as the null condition of these checkpoints is
-      (`force_zeros_for_empty_prompt`).
     """
-    outs = [getattr(self, name).apply({"params": params[name]}, ids[name])
-            for name in self.text_encoders]
-    if self.text_encoder_2 is None:
-      return {"text": outs[0].last_hidden_state.astype(jnp.float32)}
-    text = jnp.concatenate([out.penultimate for out in outs], axis=-1).astype(jnp.float32)
-    pooled = outs[1].projected.astype(jnp.float32)
-    if self.configs["model_index"].get("force_zeros_for_empty_prompt", True):
-      empty = ids["text_encoder"][:, 1] == self.tokenizer.eos_id       # right after the start token
-      text = jnp.where(empty[:, None, None], 0.0, text)
-      pooled = jnp.where(empty[:, None], 0.0, pooled)
-    size = jnp.asarray(self.image_size, jnp.float32)
-    time_ids = jnp.concatenate([size, jnp.zeros(2), size])
-    time_ids = jnp.broadcast_to(time_ids[None], (text.shape[0], 6))
-    return {"text": text, "added": {"text_embeds": pooled, "time_ids": time_ids}}
+    raise NotImplementedError
+
+  def small(self) -> tuple[Callable, Callable]:
+    """A small network on the denoiser's inputs, whose output starts at zero, for latents like ours.
+
+    Returns:
+      `init(key) -> params` and `apply(params, x_t, t, cond) -> [B, h, w, c]` f32.
+    """
+    raise NotImplementedError
+
+  @property
+  def pixel_step(self) -> int:
+    """Height and width of an image are multiples of so many pixels."""
+    return self.vae.factor
+
+  @property
+  def buffers(self) -> dict[str, dict[str, np.ndarray]]:
+    """`extras` of a checkpoint that is written, with those that new weights lack."""
+    return self.extras
+
+  @property
+  def constants(self) -> dict[str, Any]:
+    """Collections beside `"params"` that the denoiser reads and nobody trains, at `image_size`."""
+    return {}
+
+  def with_origin(self, cond, origin):
+    """`cond`, said to be of images with `origin [B, 4]`: height and width, crop's top and left.
+
+    In pixels, as `jaxalign.data.pairs` gives it; for families that are told of it.
+    """
+    del origin
+    return cond
+
+  def tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Token ids `[B, L]` int32 for each text encoder, what `encode_prompts` takes."""
+    return {name: self.tokenizers[name.replace("text_encoder", "tokenizer")](prompts)
+            for name in self.text_encoders}
+
+  def encode_images(self, params, images):
+    """Scaled latents `[B, h, w, c]` of `images [B, H, W, 3]` in [0, 1]; `params` of "vae"."""
+    return encode_images(self.vae, params, images)
+
+  def decode_images(self, params, latents, clamp: bool = True):
+    """Images `[B, H, W, 3]` f32 of scaled `latents [B, h, w, c]`, in [0, 1] if clamped."""
+    return decode_images(self.vae, params, latents, clamp)
+
+  def export_configs(self, format: str) -> dict[str, dict]:
+    """The JSON files of a checkpoint that is written as `format`, of which we carry all parts.
+
+    Raises:
+      UserError: the classes of that format would compute something else.
+    """
+    prefix = "Flax" if format == "flax" else ""
+    renamed = lambda name: prefix + name.removeprefix("Flax")
+    configs = {name: dict(config) for name, config in self.configs.items()}
+    index = configs["model_index"]
+    for config in configs.values():
+      if "_class_name" in config:
+        config["_class_name"] = renamed(config["_class_name"])
+    for name in configs.keys() - {"model_index"}:
+      index[name] = [index[name][0], renamed(index[name][1])]
+    # What we neither need nor carry is declared absent, here and by the families.
+    return configs | {"model_index": {
+        **index, "feature_extractor": [None, None], "image_encoder": [None, None]}}
+
+  # The rest is the same for all.
+
+  @property
+  def denoiser(self) -> nn.Module:
+    return self.networks[self.denoiser_name]
+
+  @property
+  def vae(self) -> AutoencoderKL:
+    return self.networks["vae"]
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The first text encoder's."""
+    return self.tokenizers["tokenizer"]
+
+  @property
+  def text_encoders(self) -> tuple[str, ...]:
+    """Names of the text encoders, in the order in which their states are joined."""
+    return tuple(name for name in self.networks if name.startswith("text_encoder"))
+
+  @property
+  def scheduler_config(self) -> dict:
+    """The parsed `scheduler/scheduler_config.json`."""
+    return self.configs["scheduler"]
+
+  @property
+  def weights(self):
+    """The denoiser's parameters."""
+    return self.params[self.denoiser_name]
+
+  def with_weights(self, weights) -> "Pipeline":
+    """The same with other parameters of the denoiser."""
+    return dataclasses.replace(self, params={**self.params, self.denoiser_name: weights})
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What `denoise` reads: the denoiser's parameters, and its constants."""
+    return {"params": self.weights, **self.constants}
+
+  @property
+  def text_params(self) -> dict[str, Any]:
+    """The part of `params` that `encode_prompts` reads."""
+    return {name: self.params[name] for name in self.text_encoders}
+
+  @property
+  def is_outline(self) -> bool:
+    """Whether `params` are shapes."""
+    return isinstance(jax.tree.leaves(self.weights)[0], jax.ShapeDtypeStruct)
+
+  @property
+  def image_size(self) -> tuple[int, int]:
+    """Height and width of the images in pixels."""
+    return self.size or (self.denoiser.config.sample_size * self.vae.factor,) * 2
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    """`(h, w, c)` of the latents of images of `image_size`."""
+    height, width = self.image_size
+    factor = self.vae.factor
+    return height // factor, width // factor, self.denoiser.config.in_channels
+
+  def resized(self, height: int, width: int) -> "Pipeline":
+    """The same for images of that many pixels; 0 stands for the checkpoint's own size.
+
+    Raises:
+      UserError: not a whole number of latents; names the config key.
+    """
+    own = dataclasses.replace(self, size=None).image_size
+    for key, pixels in (("height", height), ("width", width)):
+      if pixels % self.pixel_step:
+        raise UserError(f"sample.{key}={pixels} is not a multiple of {self.pixel_step}, as the "
+                        "images of this model are")
+    return dataclasses.replace(self, size=(height or own[0], width or own[1]))
+
+  def adapter_targets(self, names) -> dict[str, str]:
+    """Patterns of `lora_targets` by name, as `lora.init` takes them.
+
+    Raises:
+      UserError: this family has no such layers.
+    """
+    for name in names:
+      if name not in self.lora_targets:
+        raise UserError(f"model.lora_targets: this model's {self.denoiser_name} has no {name!r}, "
+                        f"only {', '.join(self.lora_targets)}")
+    return {name: self.lora_targets[name] for name in names}
+
+  def param_shapes(self) -> dict[str, Any]:
+    """The trees of `jax.ShapeDtypeStruct` that `params` must have; computes nothing."""
+    key = jax.random.key(0)
+    # The smallest image: every level of the autoencoder needs at least one pixel.
+    image = jnp.zeros((1, self.vae.factor, self.vae.factor, self.vae.config.in_channels))
+    inputs = {self.denoiser_name: self.denoiser.example_inputs(), "vae": (image,),
+              **{name: (jnp.zeros((1, 2), jnp.int32),) for name in self.text_encoders}}
+    return {name: jax.eval_shape(network.init, key, *inputs[name])["params"]
+            for name, network in self.networks.items()}

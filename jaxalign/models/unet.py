@@ -15,7 +15,6 @@ from jaxalign.models.attention import attend
 from jaxalign.models.layers import Conv, Dense, check_config
 
 WHERE = "UNet2DConditionModel"
-REMAT = ("none", "block")
 
 # What the implementation hard-wires: key -> the values that mean exactly that; `...` for keys that
 # choose between equal computations or that only other (refused) settings read.
@@ -83,25 +82,6 @@ class UNetConfig:
       for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
         check_config(isinstance(getattr(self, key), int), WHERE, key, getattr(self, key),
                      "addition_embed_type 'text_time' needs an integer")
-
-
-def sinusoid(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
-  """Sinusoidal embedding of `t [N]` -> `[N, dim]` f32; wavelengths 2 pi to 2 pi 10^4."""
-  half = dim // 2
-  rates = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-  angle = t.astype(jnp.float32)[:, None] * rates[None]
-  parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
-  return jnp.concatenate(parts, axis=-1)
-
-
-class TimeEmbedding(nn.Module):
-  width: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
-    return Dense(self.width, dtype=self.dtype, name="linear_2")(x)
 
 
 class Attention(nn.Module):
@@ -243,8 +223,7 @@ class UNet2DConditionModel(nn.Module):
     Raises:
       UserError: a key has a value that this implementation cannot represent exactly.
     """
-    if remat not in REMAT:
-      raise ValueError(f"remat: {remat!r} is not one of {REMAT}")
+    layers.check_remat(remat)
     # diffusers writes null where a config leaves the size open.
     json_dict = {k: v for k, v in json_dict.items() if k != "sample_size" or v is not None}
     return cls(layers.read_config(UNetConfig, json_dict, _FIXED, WHERE), jnp.dtype(dtype), remat)
@@ -271,8 +250,8 @@ class UNet2DConditionModel(nn.Module):
     """
     c, widths = self.config, self.config.block_out_channels
     last = len(widths) - 1
-    embed = lambda t, dim: sinusoid(t, dim, c.flip_sin_to_cos, c.freq_shift)
-    time_embedding = lambda name: TimeEmbedding(4 * widths[0], self.dtype, name=name)
+    embed = lambda t, dim: layers.sinusoid(t, dim, c.flip_sin_to_cos, c.freq_shift)
+    time_embedding = lambda name: layers.TwoLayer(4 * widths[0], self.dtype, name=name)
     t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])
     time = time_embedding("time_embedding")(embed(t, widths[0]))
     if (added is not None) != (c.addition_embed_type is not None):

@@ -18,9 +18,8 @@ WHERE = "AutoencoderKL"
 
 _FIXED = {
     "_class_name": ("AutoencoderKL", "FlaxAutoencoderKL"),
-    "act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,), "latents_mean": (None,), "latents_std": (None,),
-    "force_upcast": ..., "sample_size": ...,
+    "act_fn": ("silu",), "mid_block_add_attention": (True,), "latents_mean": (None,),
+    "latents_std": (None,), "force_upcast": ..., "sample_size": ...,
 }
 
 
@@ -37,6 +36,8 @@ class VAEConfig:
   norm_num_groups: int = 32
   scaling_factor: float = 0.18215
   shift_factor: float | None = None
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
 
   def __post_init__(self):
     layers.check_positive(self, WHERE, "layers_per_block", "latent_channels", "norm_num_groups",
@@ -47,6 +48,9 @@ class VAEConfig:
                        ("up_block_types", "UpDecoderBlock2D")):
       value = getattr(self, key)
       check_config(value == (block,) * n, WHERE, key, value, f"{n} times {block}")
+    for key in ("use_quant_conv", "use_post_quant_conv"):
+      value = getattr(self, key)
+      check_config(isinstance(value, bool), WHERE, key, value, "only True or False")
 
 
 class Attention(nn.Module):
@@ -158,11 +162,12 @@ class AutoencoderKL(nn.Module):
     return 2 ** (len(self.config.block_out_channels) - 1)
 
   def setup(self):
-    latent = self.config.latent_channels
-    self.encoder = Encoder(self.config, self.dtype, self.remat)
-    self.decoder = Decoder(self.config, self.dtype, self.remat)
-    self.quant_conv = Conv(2 * latent, 1, padding=(0, 0), dtype=self.dtype)
-    self.post_quant_conv = Conv(latent, 1, padding=(0, 0), dtype=self.dtype)
+    c, identity = self.config, lambda x: x
+    conv = lambda features: Conv(features, 1, padding=(0, 0), dtype=self.dtype)
+    self.encoder = Encoder(c, self.dtype, self.remat)
+    self.decoder = Decoder(c, self.dtype, self.remat)
+    self.quant_conv = conv(2 * c.latent_channels) if c.use_quant_conv else identity
+    self.post_quant_conv = conv(c.latent_channels) if c.use_post_quant_conv else identity
 
   def encode(self, x):
     """`x [B, H, W, 3]` in [-1, 1] -> `(mean, logvar)`, `[B, h, w, c]` f32 each, unscaled."""

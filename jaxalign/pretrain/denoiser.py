@@ -183,7 +183,8 @@ def make(cfg: Config) -> Task:
   """UNet and text encoder for these scenes as a Task; its parameters are `{"unet", "text"}`."""
   _, vae_params, vae_config = autoencoder.read(cfg.vae)
   tokenizer, fixed = words.tokenizer(), latents.load()
-  pipeline = Pipeline.build(model_configs(cfg, tokenizer, vae_config), tokenizer, {})
+  pipeline = Pipeline.build(
+      model_configs(cfg, tokenizer, vae_config), {"tokenizer": tokenizer}, {})
   schedule = Schedule.from_config(pipeline.scheduler_config)
   names, drawings, trained, held_out = world(cfg.artwork, cfg.subjects)
   shares = (cfg.single, cfg.several, 1 - cfg.single - cfg.several)
@@ -194,10 +195,10 @@ def make(cfg: Config) -> Task:
       start = load_pipeline(cfg.init).params
       return jax.tree.map(jnp.asarray, {"unet": start["unet"], "text": start["text_encoder"]})
     k_unet, k_text = jax.random.split(key)
-    unet = pipeline.unet.init(k_unet, *pipeline.unet.example_inputs())["params"]
+    unet = pipeline.denoiser.init(k_unet, *pipeline.denoiser.example_inputs())["params"]
     # A network that starts by predicting nothing learns sooner.
     unet = {**unet, "conv_out": jax.tree.map(jnp.zeros_like, unet["conv_out"])}
-    return {"unet": unet, "text": pipeline.text_encoder.init(
+    return {"unet": unet, "text": pipeline.networks["text_encoder"].init(
         k_text, jnp.zeros((1, 2), jnp.int32))["params"]}
 
   tables: dict[str, Any] = {

@@ -15,8 +15,8 @@ from jaxalign.convert.clip import MEAN, STD, read_weights
 from jaxalign.convert.directory import find_folder, read_json
 from jaxalign.errors import UserError
 from jaxalign.models import layers
-from jaxalign.models.blip import Blip, TextConfig, VisionConfig
 from jaxalign.rewards import Reward
+from jaxalign.rewards.blip import Blip, TextConfig, VisionConfig
 from jaxalign.rewards.clip_towers import crop, head, head_shapes, split
 
 LENGTH = 35                                     # tokens of a prompt; longer ones are cut

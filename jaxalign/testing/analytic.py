@@ -15,9 +15,10 @@ from jaxalign.sampling import Conditioning, Sampler, Schedule, make_sampler
 
 SD_SCHEDULE = Schedule.variance_preserving(
     np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2))
-FLOW_SCHEDULE = Schedule.flow(final="noisy")
-# What proofs run on: both paths, each with noise at every step of `make_models`' samplers.
-PATHS = {"vp": SD_SCHEDULE, "flow": FLOW_SCHEDULE}
+FLOW_SCHEDULE = Schedule.flow()
+# What proofs run on: options of `make_models` for a chain on either path, with noise at every step.
+PATHS = {"vp": dict(schedule=SD_SCHEDULE),
+         "flow": dict(schedule=FLOW_SCHEDULE, kind="flow_sde", eta=0.7)}
 
 
 @dataclasses.dataclass(frozen=True)

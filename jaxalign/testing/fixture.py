@@ -1,18 +1,19 @@
-"""A Stable Diffusion pipeline with random weights, so small that it compiles in seconds.
+"""Pipelines with random weights, so small that they compile in seconds.
 
-For `:smoke` recipes and tests: one 32-channel block at 8x8x4 latents, in diffusers' layout and
-within what its PyTorch and Flax classes can load.
+For `:smoke` recipes and tests, in diffusers' layout and within what its classes can load: a UNet of
+one 32-channel block at 8x8x4 latents, a transformer of two 32-wide blocks at 8x8x16 latents.
 """
 import io
 import json
 
 import numpy as np
+import tokenizers
 from PIL import Image
 from tokenizers import pre_tokenizers
 
 from jaxalign.convert import save_pipeline
 from jaxalign.models.pipeline import Pipeline
-from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.models.tokenizer import T5Tokenizer, Tokenizer
 
 LENGTH = 16  # tokens per prompt
 WIDTH = 32
@@ -89,11 +90,82 @@ def make_configs(tokenizer: Tokenizer, image_size: int = 16) -> dict[str, dict]:
   }
 
 
+def make_sd3_configs(tokenizer: Tokenizer, image_size: int = 16, t5: bool = False):
+  """JSON configs of the fixture of Stable Diffusion 3, every path of 3.5 medium in it; shift 3."""
+  base, absent = make_configs(tokenizer, image_size), [None, None]
+  text = base["text_encoder"] | {"architectures": ["CLIPTextModelWithProjection"],
+                                 "num_hidden_layers": 2}
+  configs = {
+      "model_index": {
+          "_class_name": "StableDiffusion3Pipeline", "feature_extractor": absent,
+          "image_encoder": absent, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+          "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+          "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+          "text_encoder_3": absent, "tokenizer": ["transformers", "CLIPTokenizer"],
+          "tokenizer_2": ["transformers", "CLIPTokenizer"], "tokenizer_3": absent,
+          "transformer": ["diffusers", "SD3Transformer2DModel"],
+          "vae": ["diffusers", "AutoencoderKL"],
+      },
+      "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+                    "shift": 3.0},
+      "transformer": {
+          "_class_name": "SD3Transformer2DModel", "sample_size": 8, "patch_size": 2,
+          "in_channels": 16, "out_channels": 16, "num_layers": 2, "num_attention_heads": 2,
+          "attention_head_dim": 16, "caption_projection_dim": WIDTH, "joint_attention_dim": 64,
+          "pooled_projection_dim": WIDTH + 16, "pos_embed_max_size": 6,
+          "dual_attention_layers": [0], "qk_norm": "rms_norm",
+      },
+      "vae": base["vae"] | {
+          "latent_channels": 16, "scaling_factor": 1.5, "shift_factor": 0.06,
+          "use_quant_conv": False, "use_post_quant_conv": False,
+      },
+      "text_encoder": text,
+      "text_encoder_2": text | {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16,
+                                "hidden_act": "gelu"},
+  }
+  if t5:
+    configs["model_index"] |= {"text_encoder_3": ["transformers", "T5EncoderModel"],
+                               "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+    configs["text_encoder_3"] = {
+        "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32, "d_model": 64,
+        "d_kv": 8, "d_ff": 96, "num_layers": 2, "num_heads": 4, "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False,
+    }
+  return configs
+
+
+def make_t5_tokenizer() -> T5Tokenizer:
+  """Pieces of one letter, and a few words."""
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("\u2581cat", -3.0)]
+  pieces += [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz!"]
+  model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+  model.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+  model.decoder = tokenizers.decoders.Metaspace()
+  model.add_special_tokens(["<pad>", "</s>", "<unk>"])
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+      single="$A </s>", special_tokens=[("</s>", 1)])
+  config = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "model_max_length": 512}
+  return T5Tokenizer({"tokenizer.json": model.to_str().encode(),
+                      "tokenizer_config.json": json.dumps(config).encode()})
+
+
 def make_pipeline_dir(path, seed: int = 0, *, image_size: int = 16):
   """Writes the fixture pipeline, f32 safetensors, to directory `path`, and returns `path`."""
   tokenizer = make_tokenizer()
   configs = make_configs(tokenizer, image_size)
-  save_pipeline(Pipeline.build(configs, tokenizer, seed=seed), path)
+  save_pipeline(Pipeline.build(configs, {"tokenizer": tokenizer}, seed=seed), path)
+  return path
+
+
+def make_sd3_pipeline_dir(path, seed: int = 0, *, image_size: int = 16, t5: bool = False):
+  """The same for Stable Diffusion 3; T5 is absent unless `t5`."""
+  tokenizer = make_tokenizer()
+  own = {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
+  if t5:
+    own["tokenizer_3"] = make_t5_tokenizer()
+  save_pipeline(Pipeline.build(make_sd3_configs(tokenizer, image_size, t5), own, seed=seed), path)
   return path
 
 

@@ -37,17 +37,16 @@ def describe(cfg: Config, devices=None) -> str:
     if isinstance(scorer, Reward):
       scorer.prepare(prompts + held_out)           # refuses prompts that it cannot score
   # From here on only shapes, so that nothing more is placed on the devices.
-  outline = dataclasses.replace(
-      exp, put=placed_shapes, encode=lambda ids: jax.eval_shape(exp.encode, ids))
+  outline = dataclasses.replace(exp, put=placed_shapes)
   images = len(held_out) * cfg.eval.samples if at_inference else cfg.sample.batch
   state = (_search_state(outline, method, held_out, images) if at_inference
            else outlined(outline, method, prompts).state_shapes())
 
   lines = [json.dumps(cfg.to_dict(), indent=2), "", _data(cfg, prompts, held_out, pairs), ""]
   lines += _sizes(exp, state, at_inference)
-  lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}; UNet "
-            "parameters by partition:"]
-  lines += sharding.sharding_table(models.frozen["base"], exp.mesh)
+  lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}; "
+            f"{exp.pipeline.denoiser_name} parameters by partition:"]
+  lines += sharding.sharding_table(models.frozen["base"]["params"], exp.mesh)
 
   cond = jax.tree.map(lambda a: a[:1], exp.embed([""]))
   x = jnp.zeros((1,) + models.latent_shape)
@@ -99,10 +98,10 @@ def _search_state(exp: Experiment, method: methods.Method, prompts: list[str], i
 
 def _sizes(exp: Experiment, state, at_inference: bool) -> list[str]:
   """A line for each tree that lies on the devices: numbers in it, bytes in all and on a device."""
-  names = {"base": "unet", "decoder": "vae"}
+  names = {"base": exp.pipeline.denoiser_name, "decoder": "vae"}
   store = functools.partial(stored, dtype=exp.config.model.dtype)
-  text = placed_shapes(jax.eval_shape(store, exp.pipeline.text_params),
-                       sharding.replicated(exp.mesh))
+  text = jax.eval_shape(store, exp.pipeline.text_params)
+  text = placed_shapes(text, sharding.param_shardings(text, exp.mesh))
   trained = {"trainable": "policy (trained)", "policy": "policy (trained)",
              "optimizer": "optimiser", "ema": "average"}
   trees = {**{names.get(name, name): tree for name, tree in exp.frozen.items()},

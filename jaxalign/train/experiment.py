@@ -17,7 +17,7 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.rewards import HostReward, Reward, make_reward
 from jaxalign.sampling import ONE_STEP_KEY, Conditioning, Schedule
 from jaxalign.train.opening import open_pipeline
-from jaxalign.train.policy import is_outline, make_models, starting_adapter
+from jaxalign.train.policy import make_models, starting_adapter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,15 +36,20 @@ class Experiment:
   frozen: Any
   judge_params: Any
   put: Callable
-  encode: Callable             # token ids, as `Pipeline.tokenize` returns them -> cond tree
+  encode: Callable             # jitted `Pipeline.encode_prompts`
 
   def put_batch(self, tree):
     """A host tree with leading batch axis, split over the mesh."""
     return self.put(tree, sharding.batch_sharding(self.mesh))
 
   def embed(self, prompts: list[str]):
-    """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`."""
-    cond = [processes.fetch(self.encode(self.pipeline.tokenize(prompts[i:i + 64])))
+    """Embeddings `[P, ...]` of P prompts as host arrays, what a denoiser takes as `cond`.
+
+    The text encoders lie on the devices only here: nothing else needs them, and some are large.
+    """
+    text = stored(self.pipeline.text_params, self.config.model.dtype)
+    text = processes.put(text, sharding.param_shardings(text, self.mesh))
+    cond = [processes.fetch(self.encode(text, self.pipeline.tokenize(prompts[i:i + 64])))
             for i in range(0, len(prompts), 64)]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *cond)
 
@@ -89,10 +94,8 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
-  outline = is_outline(pipeline)
+  outline = pipeline.is_outline
   put = placed_shapes if outline else processes.put
-  encode = pipeline.encode_prompts
-  encode = functools.partial(jax.eval_shape, encode) if outline else jax.jit(encode)
   # Before the config has its say: what the checkpoint itself is.
   one_step = Schedule.from_config(pipeline.scheduler_config).one_step is not None
   if cfg.sample.timestep:                       # kept with the weights that are trained for it
@@ -106,17 +109,17 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
                                base_is_generator=one_step or bool(cfg.model.unet))
   if adapter is not None:
     models.frozen["adapter"] = adapter
-  # Whatever is trained starts as a copy of the base model or of the teacher, in f32.
-  copied = ("base", "teacher") if cfg.trains_all else ()
-  frozen = {name: tree if name in copied or name not in ("base", "teacher", "decoder")
-            else stored(tree, cfg.model.dtype) for name, tree in models.frozen.items()}
+  store = functools.partial(stored, dtype=cfg.model.dtype)
+  frozen = {**models.frozen, "decoder": store(models.frozen["decoder"])}
+  if not cfg.trains_all:        # else what is trained starts as a copy of one of these, in f32
+    frozen |= {name: {**frozen[name], "params": store(frozen[name]["params"])}
+               for name in ("base", "teacher") if name in frozen}
   models = dataclasses.replace(models, frozen=frozen)
   frozen = put(frozen, sharding.param_shardings(frozen, mesh))
-  text = put(stored(pipeline.text_params, cfg.model.dtype), sharding.replicated(mesh))
   return Experiment(
       config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
       frozen=frozen, judge_params=put(judge.params, sharding.replicated(mesh)), put=put,
-      encode=functools.partial(encode, text))
+      encode=jax.jit(pipeline.encode_prompts))
 
 
 def stored(params, dtype: str):

@@ -130,7 +130,7 @@ def _run(cfg, path, devices, stack) -> dict:
     say(programs.compile(state))
     progress["update_bytes"] = programs.update_bytes
     if not programs.read_base:           # where all weights are trained, no look reads it either
-      jax.tree.map(lambda a: a.delete(), exp.frozen["base"])
+      jax.tree.map(lambda a: a.delete(), exp.frozen["base"]["params"])
 
   def advance(step):
     nonlocal state
@@ -172,9 +172,9 @@ def _run(cfg, path, devices, stack) -> dict:
                   watch(method.product(state), "last step, watched prompts"), watched, cfg)
   rows = spread(len(eval_prompts), cfg.log.grid_prompts)
   before_and_after(workdir, base, tuned, eval_prompts, rows)
-  weights = policy_weights(cfg, processes.fetch(policy), exp.pipeline.params["unet"])
+  weights = policy_weights(cfg, processes.fetch(policy), exp.pipeline.weights)
   if processes.is_main():
-    save_pipeline(exp.pipeline, workdir.path / "export", params={"unet": weights}, dtype="float32")
+    save_pipeline(exp.pipeline.with_weights(weights), workdir.path / "export", dtype="float32")
 
   # ------------------------------------------------------------------ summary
   updates = {name: step * count for name, count in method.cost(cfg.sample.batch).items()}

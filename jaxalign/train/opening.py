@@ -16,20 +16,22 @@ ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: str = "",
                   shapes_only: bool = False) -> Pipeline:
-  """`jaxalign:emoji`, `jaxalign:fixture`, a diffusers directory or a hub id -> Pipeline.
+  """`jaxalign:NAME`, a diffusers directory or a hub id -> Pipeline.
 
-  `jaxalign:sd15` and `jaxalign:sdxl` are architectures without weights, for `shapes_only`.
-  `unet` names weights that take the place of the UNet's; for `shapes_only` see `load_pipeline`.
+  Names are those of the models shipped, `fixture` and `fixture_sd3` with random weights, and of
+  `ARCHITECTURES`, which have no weights and are for `shapes_only`.
+  `unet` names weights that take the place of the denoiser's; for `shapes_only` see `load_pipeline`.
   """
   load = functools.partial(load_pipeline, unet=unet, dtype=dtype, remat=remat,
                            shapes_only=shapes_only)
   if not path:
     raise UserError("model.path is empty: name a diffusers directory or a hub id")
-  if path == "jaxalign:fixture":
-    from jaxalign.testing.fixture import make_pipeline_dir
+  if path in ("jaxalign:fixture", "jaxalign:fixture_sd3"):
+    from jaxalign.testing import fixture
+    make = (fixture.make_pipeline_dir if path == "jaxalign:fixture"
+            else fixture.make_sd3_pipeline_dir)
     with tempfile.TemporaryDirectory() as folder:
-      make_pipeline_dir(f"{folder}/fixture", image_size=32)
-      return load(f"{folder}/fixture")
+      return load(make(f"{folder}/fixture", image_size=32))
   if path.startswith("jaxalign:"):
     name = path.removeprefix("jaxalign:")
     if name in ARCHITECTURES:
@@ -45,7 +47,14 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
 
 
 def own_sampler(pipeline: Pipeline) -> SampleConfig:
-  """How a checkpoint is sampled where no run says so: one step for a one-step generator."""
-  if Schedule.from_config(pipeline.scheduler_config).one_step is None:
-    return SampleConfig()
-  return SampleConfig(kind="one_step", steps=1, guidance=1.0)
+  """How a checkpoint is sampled where no run says so.
+
+  One step for a one-step generator; Euler's method on the checkpoint's levels on a flow, with the
+  steps and the guidance that diffusers' pipeline has.
+  """
+  schedule = Schedule.from_config(pipeline.scheduler_config)
+  if schedule.one_step is not None:
+    return SampleConfig(kind="one_step", steps=1, guidance=1.0)
+  if schedule.is_flow:
+    return SampleConfig(steps=28, guidance=7.0, eta=0.0, final="")
+  return SampleConfig()

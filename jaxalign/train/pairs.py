@@ -1,6 +1,5 @@
 """Preference pairs as training sees them: encoded once, held by the host, gathered by batch."""
 import contextlib
-import functools
 import hashlib
 import pathlib
 import zipfile
@@ -12,7 +11,6 @@ from flax import traverse_util
 from jaxalign.data.pairs import Pairs
 from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
-from jaxalign.models.vae import encode_images
 from jaxalign.sampling import Conditioning
 from jaxalign.storage.files import whole
 from jaxalign.train.experiment import Experiment
@@ -120,7 +118,7 @@ def _embedded(exp: Experiment, captions: list[str], file: pathlib.Path):
 
 def image_encoder(exp: Experiment):
   """`(parameters, images [B, H, W, 3] in [0, 1]) -> latents [B, h, w, c]`, jitted for the mesh."""
-  encode = functools.partial(encode_images, exp.pipeline.vae)
+  encode = exp.pipeline.encode_images
   return jax.jit(sharding.on_mesh(encode, exp.mesh))
 
 

@@ -156,10 +156,9 @@ def table_shapes(exp: Experiment, prompts: list[str]) -> dict:
 
 def embedded(exp: Experiment, prompts: int):
   """Shapes of the embeddings of so many prompts."""
-  lengths = {name: getattr(exp.pipeline, name).config.max_position_embeddings
-             for name in exp.pipeline.text_encoders}
-  return exp.encode({name: jax.ShapeDtypeStruct((prompts, length), np.int32)
-                     for name, length in lengths.items()})
+  ids = {name: jax.ShapeDtypeStruct((prompts, *row.shape[1:]), row.dtype)
+         for name, row in exp.pipeline.tokenize([""]).items()}
+  return jax.eval_shape(exp.encode, exp.pipeline.text_params, ids)
 
 
 class PairShapes:

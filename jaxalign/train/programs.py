@@ -58,7 +58,7 @@ class Programs:
     with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
       programs, self.read_base = [], False
       for traced in self.traced(state).values():
-        self.read_base |= reads(traced, 1, "base")
+        self.read_base |= reads(traced, 1, "base", "params")
         programs.append(traced.lower().compile())
         bar.update()
     self._collect, self._update = programs
@@ -123,10 +123,11 @@ class Programs:
     return self._update(state, self._exp.frozen, experience, rewards, key)
 
 
-def reads(traced: jax.stages.Traced, argument: int, name: str) -> bool:
-  """Whether a program reads the entry `name` of its argument of that number, a dict."""
+def reads(traced: jax.stages.Traced, argument: int, *names: str) -> bool:
+  """Whether a program reads the entry `names` of its argument of that number, nested dicts."""
   jaxpr, keys = traced.jaxpr.jaxpr, jax.tree_util
-  entry = lambda path: path[:2] == (keys.SequenceKey(argument), keys.DictKey(name))
+  wanted = (keys.SequenceKey(argument), *map(keys.DictKey, names))
+  entry = lambda path: path[:len(wanted)] == wanted
   own = {id(var) for (path, _), var in zip(
       keys.tree_leaves_with_path(traced.args_info[0]), jaxpr.invars, strict=True) if entry(path)}
   used = [*jaxpr.outvars, *(var for equation in jaxpr.eqns for var in equation.invars)]

@@ -51,12 +51,13 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   if _summary(checkpoint):
     return load_pipeline(checkpoint / "export", dtype=cfg.model.dtype)
   exp, policy = _policy(checkpoint, cfg)
-  weights = policy_weights(cfg, policy, exp.pipeline.params["unet"])
-  return dataclasses.replace(exp.pipeline, params={**exp.pipeline.params, "unet": weights})
+  return exp.pipeline.with_weights(policy_weights(cfg, policy, exp.pipeline.weights))
 
 
 def load_adapter_of(checkpoint: pathlib.Path):
   """The LoRA factors that a run has tuned: those of its export, or of its latest checkpoint.
+
+  And the name of the network that they are for, `Pipeline.denoiser_name`.
 
   Raises:
     UserError: the directory is not that of a run with `model.adapter="lora"`, or damaged.
@@ -65,7 +66,8 @@ def load_adapter_of(checkpoint: pathlib.Path):
   if cfg is None or cfg.at_inference or cfg.model.adapter != "lora":
     raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
                     "(model.adapter=lora), so there is none to export")
-  return _policy(checkpoint, cfg)[1]
+  exp, policy = _policy(checkpoint, cfg)
+  return policy, exp.pipeline.denoiser_name
 
 
 def _summary(checkpoint: pathlib.Path) -> dict | None:

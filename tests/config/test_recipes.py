@@ -24,6 +24,9 @@ from jaxalign.train.workdir import Workdir
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "configs"
 REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
+THIRTEEN = ("alignprop", "b2_diffurl", "best_of_n", "ddpo", "diff_instruct_pp",
+            "diff_instruct_star", "diffusion_dpo", "dno", "draft", "mapo", "nabla_gfn", "refl",
+            "sft")
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
@@ -43,6 +46,7 @@ RECIPES = [
   *(f"{name}:{size}" for name in ("diff_instruct_star", "diff_instruct_pp")
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
+  *(f"{name}:{size}" for name in THIRTEEN for size in ("sd35", "smoke_sd3")),
   "distill_emoji_onestep:emoji", "distill_emoji_onestep:smoke"]
 
 
@@ -77,7 +81,7 @@ def test_presets_change_the_method_only():
   assert release.method.optimizer_repeats == 2 and not release.method.flow_target_stopgrad
   assert release.method.strata == smoke.method.strata == 2        # the size has the last word
   assert dataclasses.replace(release, method=smoke.method, recipe=smoke.recipe) == smoke
-  with pytest.raises(UserError, match="'relase' is unknown; there are emoji, .*, sdxl, paper"):
+  with pytest.raises(UserError, match="'relase' is unknown; there are emoji, .*, sd35, paper"):
     runs.recipe("smoke,relase")
 
 

@@ -283,6 +283,23 @@ def test_hub_ids(monkeypatch):
   fails("no-such-org/model", "not a directory", "download failed: no route to host")
 
 
+def test_half_precision_is_downloaded_only_where_there_is_nothing_else(monkeypatch, folder,
+                                                                        copy):
+  hub = pytest.importorskip("huggingface_hub")
+  asked = []
+
+  def download(name, allow_patterns, ignore_patterns):
+    asked.append("*.fp16*" in ignore_patterns)
+    assert {"transformer/*", "unet/*", "text_encoder_3/*", "tokenizer_3/*"} <= {*allow_patterns}
+    return str(copy if asked[-1] else folder)
+  monkeypatch.setattr(hub, "snapshot_download", download)
+  load_pipeline("an-org/model")
+  assert asked == [True]
+  (copy / UNET).unlink()
+  load_pipeline("an-org/model")
+  assert asked == [True, True, False]
+
+
 def test_missing_parts(copy):
   (copy / "vae" / "config.json").unlink()
   fails(copy, str(copy / "vae" / "config.json"))

@@ -17,11 +17,13 @@ from jaxalign.convert.adapter import FILE
 from jaxalign.errors import UserError
 from jaxalign.export import main as export_main
 from jaxalign.models import lora
+from jaxalign.models.stable_diffusion import StableDiffusionPipeline
 from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train import experiment, opening
 from jaxalign.train.restore import load_adapter_of, load_tuned
 
-TARGETS = ("attention", "ff", "conv")
+TARGETS = StableDiffusionPipeline.lora_targets
+ATTENTION = {"attention": TARGETS["attention"]}
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -114,7 +116,8 @@ def test_pytorch_loads_our_adapter(apply, pipeline, folder, adapter, inputs, tmp
 @pytest.mark.slow
 def test_pytorch_loads_one_with_two_ranks(apply, pipeline, folder, inputs, tmp_path):
   params = pipeline.params["unet"]
-  trees = [traverse_util.flatten_dict(lora.init(jax.random.key(0), params, rank, (target,)))
+  trees = [traverse_util.flatten_dict(
+               lora.init(jax.random.key(0), params, rank, {target: TARGETS[target]}))
            for rank, target in ((2, "attention"), (5, "ff"))]
   mixed = moved(traverse_util.unflatten_dict(trees[0] | trees[1]))
   save_adapter(mixed, tmp_path)
@@ -166,7 +169,7 @@ def test_round_trip_is_bit_identical(pipeline, adapter, tmp_path):
 
 
 def test_older_names_and_alphas(pipeline, tmp_path):
-  adapter = moved(lora.init(jax.random.key(0), pipeline.params["unet"], 2))
+  adapter = moved(lora.init(jax.random.key(0), pipeline.params["unet"], 2, ATTENTION))
   save_adapter(adapter, tmp_path / "new")
   tensors, _ = read(tmp_path / "new")
   newer = lambda name: name.replace(".lora_A", ".lora.down").replace(".lora_B", ".lora.up")
@@ -199,7 +202,7 @@ def test_older_names_and_alphas(pipeline, tmp_path):
 ])
 def test_tensors_that_do_not_fit(pipeline, tmp_path, change, parts):
   params = pipeline.params["unet"]
-  save_adapter(lora.init(jax.random.key(0), params, 2), tmp_path)
+  save_adapter(lora.init(jax.random.key(0), params, 2, ATTENTION), tmp_path)
   write(tmp_path, change(read(tmp_path)[0]))
   fails(tmp_path, params, str(tmp_path / FILE), *parts)
 
@@ -224,7 +227,7 @@ def test_unusable_files(pipeline, tmp_path):
   (tmp_path / "pytorch_lora_weights.bin").rename(tmp_path / FILE)
   fails(tmp_path, params, str(tmp_path / FILE), "pickled")
   (tmp_path / FILE).unlink()
-  adapter = lora.init(jax.random.key(0), params, 2)
+  adapter = lora.init(jax.random.key(0), params, 2, ATTENTION)
   save_adapter(adapter, tmp_path)
   for key, value in (("unet.use_dora", True), ("unet.lora_bias", True)):
     write(tmp_path, read(tmp_path)[0], {"lora_adapter_metadata": json.dumps({key: value})})
@@ -240,7 +243,7 @@ def test_unusable_files(pipeline, tmp_path):
 def start(tmp_path_factory):
   """An adapter for the model of the smoke recipes, and its folder."""
   unet = opening.open_pipeline("jaxalign:fixture").params["unet"]
-  adapter = moved(lora.init(jax.random.key(3), unet, 4))
+  adapter = moved(lora.init(jax.random.key(3), unet, 4, ATTENTION))
   path = tmp_path_factory.mktemp("adapter")
   save_adapter(adapter, path)
   return adapter, path, unet
@@ -250,7 +253,7 @@ def test_a_run_starts_from_an_adapter(start):
   adapter, path, unet = start
   exp = experiment.build(runs.smoke(model__lora=str(path)), jax.devices()[:1])
   assert_same(jax.device_get(exp.models.init_policy(jax.random.key(0), exp.frozen)), adapter)
-  assert_same(jax.device_get(exp.frozen["base"]), unet)      # the reference: without it
+  assert_same(jax.device_get(exp.frozen["base"]["params"]), unet)      # the reference: without it
 
 
 @pytest.mark.parametrize("method, adapter", [("nabla_gfn", "full"), ("dno", "lora")])
@@ -258,7 +261,8 @@ def test_or_has_it_merged(start, method, adapter):
   factors, path, unet = start
   cfg = runs.smoke(method, model__lora=str(path), model__adapter=adapter)
   exp = experiment.build(cfg, jax.devices()[:1])
-  assert_same(jax.device_get(exp.frozen["base"]), jax.device_get(lora.merge(unet, factors)))
+  assert_same(jax.device_get(exp.frozen["base"]["params"]),
+              jax.device_get(lora.merge(unet, factors)))
   assert "adapter" not in exp.frozen
 
 
@@ -277,7 +281,8 @@ def test_adapter_that_does_not_fit_the_config(start, overrides, parts):
 
 def test_export_command(monkeypatch, tmp_path):
   run = runs.finished()
-  adapter = load_adapter_of(run)
+  adapter, denoiser = load_adapter_of(run)
+  assert denoiser == "unet"
   flags = {"_CHECKPOINT": run, "_FORMAT": "lora", "_OUTPUT": tmp_path, "_DTYPE": "float32"}
   for name, value in flags.items():
     monkeypatch.setattr(f"jaxalign.export.{name}", type("Flag", (), {"value": value}))
@@ -294,7 +299,7 @@ def test_export_command(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_whole_run_from_an_adapter(start):
   run = runs.run("from_adapter", model__lora=str(start[1]))
-  tuned = load_adapter_of(run)
+  tuned, _ = load_adapter_of(run)
   shapes = lambda tree: jax.tree.map(np.shape, tree)
   assert shapes(tuned) == shapes(start[0])
   near, new = (sum(np.square(x - y).sum() for x, y in zip(*map(jax.tree.leaves, (tuned, tree))))

@@ -17,11 +17,15 @@ from jaxalign.devices.sharding import PARAM_RULES, make_mesh, param_shardings, s
 from jaxalign.errors import UserError
 from jaxalign.methods.shared.optimizer import make_optimizer
 from jaxalign.models import lora
+from jaxalign.models.architectures import ARCHITECTURES
 from jaxalign.models.clip import (
   CLIPTextModel,
   CLIPTextModelWithProjection,
   CLIPVisionModelWithProjection,
 )
+from jaxalign.models.mmdit import SD3Transformer2DModel
+from jaxalign.models.stable_diffusion import StableDiffusionPipeline
+from jaxalign.models.t5 import T5EncoderModel
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.models.vae import AutoencoderKL
 from jaxalign.testing.fixture import make_configs, make_tokenizer
@@ -50,11 +54,17 @@ TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_a
             projection_dim=768)
 VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
               num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768)
+SD35_MEDIUM, SD35_LARGE = ARCHITECTURES["sd35_medium"], ARCHITECTURES["sd35_large"]
 SMALL = make_configs(make_tokenizer())
 
 
 def unet(config):
   module = UNet2DConditionModel.from_config(config)
+  return module, module.example_inputs()
+
+
+def transformer(config):
+  module = SD3Transformer2DModel.from_config(config)
   return module, module.example_inputs()
 
 
@@ -79,6 +89,9 @@ MODELS = {
         **SDXL, "block_out_channels": [32, 64, 96], "attention_head_dim": 4,
         "transformer_layers_per_block": [1, 1, 2]}),
     "unet_fixture": lambda: unet(SMALL["unet"]),
+    "transformer_sd35_medium": lambda: transformer(SD35_MEDIUM["transformer"]),
+    "transformer_sd35_large": lambda: transformer(SD35_LARGE["transformer"]),
+    "t5_xxl": lambda: text(SD35_MEDIUM["text_encoder_3"], T5EncoderModel),
     "vae_sd15": lambda: vae(VAE),
     "vae_fixture": lambda: vae(SMALL["vae"]),
     "text_sd15": lambda: text(TEXT),
@@ -89,10 +102,11 @@ MODELS = {
 
 
 def shapes(name):
-  """Path -> ShapeDtypeStruct of a model's parameters; computes nothing."""
+  """Path -> ShapeDtypeStruct of a model's parameters and constants; computes nothing."""
   module, inputs = MODELS[name]()
-  tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-  return traverse_util.flatten_dict(tree, sep="/")
+  tree = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  return {path: leaf for part in tree.values()
+          for path, leaf in traverse_util.flatten_dict(part, sep="/").items()}
 
 
 def first_rule(path):
@@ -114,7 +128,7 @@ def test_no_rule_is_dead(all_shapes):
   paths = {path for tree in all_shapes.values() for path in tree}
   base = traverse_util.unflatten_dict(all_shapes["unet_fixture"], sep="/")
   adapter = jax.eval_shape(
-      lambda key: lora.init(key, base, 2, tuple(lora.TARGETS)), jax.random.key(0))
+      lambda key: lora.init(key, base, 2, StableDiffusionPipeline.lora_targets), jax.random.key(0))
   paths |= set(traverse_util.flatten_dict(adapter, sep="/"))
   used = {first_rule(path) for path in paths}
   assert not [PARAM_RULES[i][0] for i in range(len(PARAM_RULES)) if i not in used]
@@ -139,7 +153,9 @@ def test_snapshot(name, all_shapes):
 
 
 @pytest.mark.parametrize("name, share", [("unet_sd15", 0.45), ("unet_sdxl", 0.3),
-                                         ("vae_sd15", 0.55), ("text_sd15", 0.35)])
+                                         ("vae_sd15", 0.55), ("text_sd15", 0.35),
+                                         ("transformer_sd35_medium", 0.28),
+                                         ("transformer_sd35_large", 0.26), ("t5_xxl", 0.27)])
 def test_share_held_by_a_device(name, share, all_shapes):
   """Over fsdp=2, tensor=2: convolutions are split two ways, the layers of attention four ways."""
   mesh = make_mesh(2, 2, 2)
@@ -161,6 +177,21 @@ def test_layouts():
   assert spec("down_blocks_0/resnets_0/conv1/kernel", 3, 3, 32, 64) == P(None, None, None, "fsdp")
   assert spec("mid_block/attentions_0/proj_in/kernel", 64, 64) == P(None, "fsdp")     # SDXL: Dense
   assert spec("mid_block/attentions_0/proj_in/kernel", 1, 1, 64, 64) == P(None, None, None, "fsdp")
+  block = "transformer_blocks_0"
+  assert spec(f"{block}/attn/add_q_proj/kernel", 64, 64) == P("fsdp", "tensor")
+  assert spec(f"{block}/attn/to_add_out/kernel", 64, 64) == P("tensor", "fsdp")
+  assert spec(f"{block}/norm1_context/linear/kernel", 64, 384) == P("fsdp", "tensor")
+  assert spec("norm_out/linear/kernel", 64, 128) == P("fsdp", "tensor")
+  assert spec("context_embedder/kernel", 64, 64) == P("fsdp", None)
+  assert spec("pos_embed/proj/kernel", 2, 2, 16, 64) == P(None, None, None, "fsdp")
+  assert not any(spec("pos_embed/pos_embed", 64, 64, 64))
+  block = "encoder/block_0"
+  assert spec(f"{block}/layer_0/SelfAttention/q/kernel", 64, 64) == P("fsdp", "tensor")
+  assert spec(f"{block}/layer_0/SelfAttention/o/kernel", 64, 64) == P("tensor", "fsdp")
+  assert spec(f"{block}/layer_1/DenseReluDense/wi_1/kernel", 64, 64) == P("fsdp", "tensor")
+  assert spec(f"{block}/layer_1/DenseReluDense/wo/kernel", 64, 64) == P("tensor", "fsdp")
+  assert spec("shared/embedding", 64, 64) == P("fsdp", None)
+  block = "down_blocks_0/attentions_0/transformer_blocks_0"
   assert spec("conv_in/bias", 64) == P() or not any(spec("conv_in/bias", 64))
   for leaf in ("a", "b"):
     assert not any(spec(f"{block}/attn1/to_q/{leaf}", 64, 64))            # adapters replicate

@@ -11,7 +11,7 @@ from jaxalign import methods
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import diff_instruct_star as di
-from jaxalign.sampling import Guided, make_sampler
+from jaxalign.sampling import Guided, Schedule, make_sampler
 from jaxalign.testing import analytic
 from tests import runs
 
@@ -237,22 +237,23 @@ def test_kl_collapses_at_high_noise_where_score_divergences_do_not():
   assert slope(divergence="l2", gradient="full") < 0 and slope(divergence="l2") < 0
 
 
-def over_levels(cfg):
-  """`(mu, S) -> (gradient, mean divergence)` of the method's own loss, over all 1000 timesteps.
+def over_levels(cfg, schedule=analytic.SD_SCHEDULE):
+  """`(mu, S) -> (gradient, mean divergence)` of the method's own loss, over its training levels.
 
   The losses of l2 are quadratic in z and e, for which six nodes are exact. Data N(0, 1).
   """
   nodes, node_weights = np.polynomial.hermite_e.hermegauss(6)
   node_weights = np.outer(node_weights, node_weights).ravel() / node_weights.sum()**2
-  t, z, e = (a.ravel() for a in np.meshgrid(np.arange(1000), nodes, nodes, indexing="ij"))
-  rows = jnp.asarray(np.tile(node_weights / 1000, 1000), jnp.float32)
+  used = np.arange(cfg.t_min, cfg.t_max + 1)
+  t, z, e = (a.ravel() for a in np.meshgrid(used, nodes, nodes, indexing="ij"))
+  rows = jnp.asarray(np.tile(node_weights / len(used), len(used)), jnp.float32)
   z, e = (jnp.asarray(a, jnp.float32)[:, None] for a in (z, e))
-  levels = analytic.SD_SCHEDULE.training_levels
+  levels = schedule.training_levels
   weights = jnp.asarray(di.time_weights(cfg, *levels)[t], jnp.float32)
   a, s = (jnp.asarray(level[t], jnp.float32) for level in levels)
   point = di.Point(e, a, s, weights)
   column = lambda v: v[:, None]
-  teacher = lambda x: column(s) * x                            # marginals of N(0, 1) are N(0, 1)
+  teacher = lambda x: column(s / (a**2 + s**2)) * x
 
   @jax.jit
   def both(own, params):
@@ -283,6 +284,22 @@ def test_over_all_levels_l2_is_the_kl_of_clean_samples():
   slope, divergence = over_levels(cfg)(0.7, 0.6)
   assert divergence == pytest.approx(0.4358256, rel=5e-3)
   np.testing.assert_allclose(slope, (0.7, 0.6 - 1 / 0.6), rtol=1e-2)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_over_the_levels_of_a_flow_l2_is_the_same_kl(shift):
+  """Its weights are of levels, not of times: `half F d(sigma^2)` outside of them is 0.1 %."""
+  cfg = config(divergence="l2", gradient="full", weight="half_dsigma2", t_min=10, t_max=990)
+  slope, divergence = over_levels(cfg, Schedule.flow(shift))(0.7, 0.6)
+  assert divergence == pytest.approx(0.4358256, rel=5e-3)
+  np.testing.assert_allclose(slope, (0.7, 0.6 - 1 / 0.6), rtol=1e-2)
+
+
+def test_over_the_levels_of_a_flow_the_full_gradient_finds_the_tilted_law():
+  of_levels = over_levels(config(divergence="l2", gradient="full", weight="half_dsigma2", t_min=10,
+                                 t_max=990), analytic.FLOW_SCHEDULE)
+  field = lambda mu, S: np.array([mu - 1, S]) + of_levels(mu, S)[0]
+  np.testing.assert_allclose(fixed_point(field), (0.5, 0.707107), atol=2e-3)
 
 
 def test_over_all_levels_the_full_gradient_finds_the_tilted_law():
@@ -361,9 +378,9 @@ def test_pseudo_huber_is_bounded_and_tends_to_l2():
 # --- the method ---------------------------------------------------------------------------------
 
 
-def one_step_models(mixture, reward, timestep=625):
-  models = analytic.make_models(mixture, reward, policy=analytic.mlp(analytic.SD_SCHEDULE, 1),
-                                flow=analytic.mlp(analytic.SD_SCHEDULE, 1))
+def one_step_models(mixture, reward, timestep=625, schedule=analytic.SD_SCHEDULE):
+  net = analytic.mlp(schedule, 1)
+  models = analytic.make_models(mixture, reward, policy=net, flow=net, schedule=schedule)
   return dataclasses.replace(models, sampler=make_sampler(
       models.schedule, 1, kind="one_step", timestep=timestep))
 
@@ -403,14 +420,16 @@ def test_distils_a_gaussian_into_one_step(divergence):
 
 
 @pytest.mark.slow
-def test_linear_reward_shifts_the_mean_by_what_the_closed_form_says():
+@pytest.mark.parametrize("schedule, timestep", [
+    (analytic.SD_SCHEDULE, 625), (analytic.FLOW_SCHEDULE, 900)])
+def test_linear_reward_shifts_the_mean_by_what_the_closed_form_says(schedule, timestep):
   """l2, several levels: shift `alpha / E_t[2 w a^2 / Q^2]`, w = s^2 in eps space; spread kept."""
   cfg = di.Config(divergence="l2", guidance=1.0, ratio=False, assistant_steps=5, assistant_lr=3e-3)
-  abar = analytic.SD_SCHEDULE.alphas[cfg.t_min:cfg.t_max + 1] ** 2
-  Q = abar * 0.25 + 1 - abar
+  a2, s2 = np.square(schedule.training_levels[:, cfg.t_min:cfg.t_max + 1])
+  Q = a2 * 0.25 + s2
   wanted = 0.3
-  cfg = dataclasses.replace(cfg, reward=float(wanted * (2 * (1 - abar) * abar / Q**2).mean()))
-  models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))
+  cfg = dataclasses.replace(cfg, reward=float(wanted * (2 * s2 * a2 / Q**2).mean()))
+  models = one_step_models(MIXTURE, analytic.linear_reward([1.0]), timestep, schedule)
   frozen = jax.tree.map(np.asarray, models.frozen)
   optim = OptimConfig(lr=1e-3, decay_steps=2000, ema=0.99)
   _, metrics, tuned = train(models, cfg, optim, 2000)
@@ -419,8 +438,9 @@ def test_linear_reward_shifts_the_mean_by_what_the_closed_form_says():
   chex.assert_trees_all_equal(frozen, jax.tree.map(np.asarray, models.frozen))
 
 
-def test_warmup_trains_the_assistant_only_and_k_counts_its_steps():
-  models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))
+@pytest.mark.parametrize("schedule", [analytic.SD_SCHEDULE, analytic.FLOW_SCHEDULE])
+def test_warmup_trains_the_assistant_only_and_k_counts_its_steps(schedule):
+  models = one_step_models(MIXTURE, analytic.linear_reward([1.0]), schedule=schedule)
   method = di.make(models, di.Config(warmup=1, assistant_steps=2, guidance=1.0), OptimConfig())
   rows = analytic.make_batch(8)
   state = method.init(jax.random.key(0), models.frozen, rows)
@@ -514,7 +534,6 @@ def test_scale_of_a_generators_input(tmp_path):
 
   from jaxalign.convert import load_pipeline, save_pipeline
   from jaxalign.methods.shared import noise
-  from jaxalign.sampling import Schedule
   from jaxalign.testing.fixture import make_pipeline_dir
   folder = make_pipeline_dir(tmp_path / "fixture")
   file = folder / "scheduler" / "scheduler_config.json"
@@ -576,6 +595,10 @@ def test_mistakes_name_their_key():
     methods.make("diff_instruct_star", models, di.Config(), OptimConfig())
   with pytest.raises(UserError, match="t_max"):
     di.make(models, di.Config(reward=0.0, t_max=1000), OptimConfig())
+  flow = one_step_models(MIXTURE, (None, None), 1000, analytic.FLOW_SCHEDULE)
+  for ends in (dict(t_min=0), dict(t_max=1000)):
+    with pytest.raises(UserError, match="t_min=.* without noise or without data"):
+      di.make(flow, di.Config(reward=0.0, **ends), OptimConfig())
   with pytest.raises(UserError, match="kappa"):
     di.Config(kappa=0.0)
   with pytest.raises(UserError, match="t_min"):

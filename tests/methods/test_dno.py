@@ -61,19 +61,28 @@ def jacobian(models, size=2):
   return np.asarray(jax.jacobian(image)(zero), np.float64), np.asarray(image(zero))
 
 
-@pytest.mark.parametrize("variance, eta, covariance", [(0.25, 0.0, 0.165), (1.7, 0.0, 1.344)])
-def test_the_sampler_is_affine(variance, eta, covariance):
-  """`A A^T` at 10 steps; the published fixture, whose last step adds no noise."""
-  a, _ = jacobian(world(analytic.linear_reward(W), variance, eta=eta))
-  np.testing.assert_allclose(a @ a.T, covariance * np.eye(2), atol=1e-3)
+FLOW = analytic.PATHS["flow"]
 
 
-def test_plain_steps_reach_the_tilted_optimum():
+@pytest.mark.parametrize("variance, options, covariance", [
+    (0.25, dict(eta=0.0), 0.165), (1.7, dict(eta=0.0), 1.344), (0.5, dict(FLOW, steps=8), 0.455376),
+    (0.5, dict(FLOW, steps=8, eta=0.0), 0.357550)])
+def test_the_sampler_is_affine(variance, options, covariance):
+  """`A A^T` at 10 steps; the published fixture, whose last step adds no noise. And of a flow: the
+  variances of its chain of 8 steps.
+  """
+  a, _ = jacobian(world(analytic.linear_reward(W), variance, **options))
+  np.testing.assert_allclose(a @ a.T, covariance * np.eye(2),
+                             atol=1e-5 if "kind" in options else 1e-3)
+
+
+@pytest.mark.parametrize("path", analytic.PATHS)
+def test_plain_steps_reach_the_tilted_optimum(path):
   """n steps of size l: `z + n l A^T w`, so samples are N(c + n l A A^T w, A A^T): the KL optimum.
 
   Exact for each row, and r rises by n l |A^T w|^2.
   """
-  models = world(analytic.linear_reward(W))
+  models = world(analytic.linear_reward(W), **analytic.PATHS[path])
   a, _ = jacobian(models)
   first, state, logs = climb(models, Config(**FREE), PLAIN, 4)
   moved = np.asarray(state["z"] - first["z"]).reshape(8, -1)
@@ -99,6 +108,34 @@ def test_adam_gains_by_the_number_of_coordinates():
     assert state["z"].shape[1] == (1 if eta == 0 else 11)
     gain = logs["train/reward"][3] - logs["train/reward"][0]
     np.testing.assert_allclose(gain, 3e-2 * np.abs(a.T @ W).sum(), rtol=5e-3)
+
+
+def test_a_deterministic_flow_has_its_initial_noise_alone():
+  models = world(analytic.linear_reward(W), **{**FLOW, "eta": 0.0})
+  a, _ = jacobian(models)
+  first, state, _ = climb(models, Config(**FREE), PLAIN, 3)
+  assert state["z"].shape == (8, 1, 2) and not a[:, 2:].any()
+  moved = np.asarray(state["z"] - first["z"]).reshape(8, -1)
+  np.testing.assert_allclose(moved, np.tile(0.3 * a[:, :2].T @ W, (8, 1)), rtol=2e-3, atol=1e-5)
+
+
+def test_the_last_noise_that_was_scored_is_the_product():
+  """Not what the step after made of it, which nobody has scored; here it only gets worse."""
+  models = world(analytic.quadratic_reward([0.7, -0.4]))
+  far = OptimConfig(lr=3.0, clip_norm=0.0)
+  products = {}
+  for keep_best in (True, False):
+    cfg = Config(**FREE, keep_best=keep_best)
+    first, state, logs = climb(models, cfg, far, 4)
+    product = dno.make(models, cfg, far).product(state)
+    images = dno.generate(models, models.frozen, product, analytic.make_batch(8)["conditioning"])
+    products[keep_best] = models.score(models.frozen["reward"], images, {})
+    np.testing.assert_array_equal(
+        dno.make(models, cfg, far).product(first), first["start"])        # before any update
+  np.testing.assert_allclose(products[False], logs["train/reward"][-1], rtol=1e-4, atol=1e-4)
+  assert (np.asarray(state["best_step"]) == 3).all()
+  np.testing.assert_allclose(products[True], logs["train/reward"].max(0), rtol=1e-4, atol=1e-4)
+  assert (products[True] > products[False] + 0.1).any()
 
 
 def test_first_vector_only():

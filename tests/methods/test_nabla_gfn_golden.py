@@ -1,9 +1,10 @@
 """nabla-GFlowNet against closed forms, by training through the method's own collect and update.
 
-Reference problem: SD schedule, 50 steps, exact noise estimates of N(0.7, 0.5) in one dimension,
-beta = 3. The policy adds `bias_k + slope_k x` to the noise estimate at each step, so the tuned
-chain is affine and its mean and variance follow from the learned coefficients in f64, without
-Monte Carlo.
+Reference problem: exact outputs of N(0.7, 0.5) in one dimension, beta = 3, on the SD schedule and
+on a flow, 50 steps each. The policy adds `bias_k + slope_k x` to the output at each step, so the
+tuned chain is affine and its mean and variance follow from the learned coefficients in f64, without
+Monte Carlo. The numbers that are written down are of the SD schedule; the same formulas give those
+of the flow.
 
 Where Monte Carlo enters: with a linear reward every target is constant in x, so the loss reaches
 zero and nothing is left but unfinished optimisation (tolerances: 1e-5 on the shift, 1e-4 on the
@@ -32,48 +33,43 @@ from jaxalign.testing import analytic
 MEAN, VAR, BETA, STEPS, GOAL, CENTRE = 0.7, 0.5, 3.0, 50, 2.0, 2.0
 DATA = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))
 LINEAR, QUADRATIC = analytic.linear_reward([1.0]), analytic.quadratic_reward([GOAL])
-SAMPLER = analytic.make_sampler(analytic.SD_SCHEDULE, STEPS)
-AFFINE = analytic.affine_per_step(SAMPLER, 1, CENTRE)
+PATHS = {**analytic.PATHS, "memoryless": dict(schedule=analytic.FLOW_SCHEDULE, final="noisy")}
+SAMPLERS = {path: analytic.make_sampler(steps=STEPS, **options) for path, options in PATHS.items()}
 
 
-def reference_kernels():
+def reference_kernels(path):
   """`M_k`, `d_k`, `s_k^2` of `x' = M x + d + s z` for the reference chain, each `[STEPS]` f64."""
-  slope = SAMPLER.sigma / (SAMPLER.alpha**2 * VAR + SAMPLER.sigma**2)
-  return (
-    SAMPLER.x_coef - SAMPLER.out_coef * slope,
-    SAMPLER.out_coef * slope * SAMPLER.alpha * MEAN,
-    SAMPLER.std**2,
+  s = SAMPLERS[path]
+  slope, offset = analytic.gaussian_line(
+    PATHS[path]["schedule"], s.alpha, s.sigma, MEAN, VAR
   )
+  return s.x_coef - s.out_coef * slope, -s.out_coef * offset, s.std**2
 
 
-def moments(params=None):
+def moments(params=None, path="vp"):
   """Final mean, variance and path KL to the reference of a chain with learned coefficients."""
-  gain, offset, var_step = reference_kernels()
-  slope, bias = np.zeros(STEPS), np.zeros(STEPS)
+  gain, offset, var_step = reference_kernels(path)
+  s, slope, bias = SAMPLERS[path], np.zeros(STEPS), np.zeros(STEPS)
   if params is not None:
     slope = np.asarray(params["slope"], np.float64)[:-1, 0]
-    bias = np.asarray(params["bias"], np.float64)[:-1, 0] - slope * SAMPLER.alpha * CENTRE
+    bias = np.asarray(params["bias"], np.float64)[:-1, 0] - slope * s.alpha * CENTRE
   mean, var, kl = 0.0, 1.0, 0.0
   for k in range(STEPS):
-    kl += (
-      0.5
-      * (SAMPLER.std[k] * SAMPLER.lam[k]) ** 2
-      * ((bias[k] + slope[k] * mean) ** 2 + slope[k] ** 2 * var)
-    )
-    m = gain[k] - SAMPLER.out_coef[k] * slope[k]
-    mean, var = m * mean + offset[k] - SAMPLER.out_coef[k] * bias[k], m * m * var + var_step[k]
+    kl += 0.5 * s.rate[k] ** 2 * ((bias[k] + slope[k] * mean) ** 2 + slope[k] ** 2 * var)
+    m = gain[k] - s.out_coef[k] * slope[k]
+    mean, var = m * mean + offset[k] - s.out_coef[k] * bias[k], m * m * var + var_step[k]
   return mean, var, kl
 
 
-def linear_shift(gamma=None):
+def linear_shift(gamma=None, path="vp"):
   """Shift of the mean for R(x) = x: exact values, or the one-step guess with factor `gamma`."""
-  gain, _, var_step = reference_kernels()
-  abar = SAMPLER.alpha_next**2
-  value = abar**0.5 / (abar * VAR + 1 - abar) * VAR  # d x0_hat / d x'
+  gain, _, var_step = reference_kernels(path)
+  s = SAMPLERS[path]
   if gamma is None:
     value = np.append(np.cumprod(gain[::-1])[::-1][1:], 1.0)
   else:
-    value = value * abar ** {"one": 0.0, "sqrt_abar": 0.5, "abar": 1.0}[gamma]
+    value = s.alpha_next * VAR / (s.alpha_next**2 * VAR + s.sigma_next**2)  # d x0_hat / d x'
+    value = value * s.alpha_next ** {"one": 0, "sqrt_abar": 1, "abar": 2}[gamma]
     value[-1] = 1.0
   mean = 0.0
   for k in range(STEPS):
@@ -81,7 +77,14 @@ def linear_shift(gamma=None):
   return mean
 
 
-def quadratic_optimum(flow_learns_from_forward=False, rounds=200):
+def linear_kl(path):
+  """Path KL at the exact optimum for R(x) = x: `1/2 sum s_k^2 (beta value_k)^2`."""
+  gain, _, var_step = reference_kernels(path)
+  value = np.append(np.cumprod(gain[::-1])[::-1][1:], 1.0)
+  return 0.5 * (var_step * (BETA * value) ** 2).sum()
+
+
+def quadratic_optimum(flow_learns_from_forward=False, rounds=200, path="vp"):
   """Final mean and variance of the fixed point for R(x) = -(x - GOAL)^2 / 2.
 
   Values are `-kappa (x - c)`. The forward loss sets `mu = mu_ref + s^2 kappa' (c' - mu)`; the
@@ -89,7 +92,7 @@ def quadratic_optimum(flow_learns_from_forward=False, rounds=200):
   the flow too, its gradient to the slope is `kappa' s^2` beside `(kappa' - kappa_t) Var(x')` of the
   reverse loss, which shrinks the slope by `Var(x') / (Var(x') + s^2)` around the mean.
   """
-  gain, offset, var_step = reference_kernels()
+  gain, offset, var_step = reference_kernels(path)
   mean, var = np.zeros(STEPS + 1), np.ones(STEPS + 1)
   for _ in range(rounds if flow_learns_from_forward else 1):
     kappa, c = BETA, GOAL
@@ -107,9 +110,12 @@ def quadratic_optimum(flow_learns_from_forward=False, rounds=200):
   return mean[-1], var[-1]
 
 
-def train(reward, cfg, optim, updates, batch_size, seed=0):
+def train(reward, cfg, optim, updates, batch_size, seed=0, path="vp"):
   """Final (mean, variance, path KL) after `updates` rounds of collect and update; metrics."""
-  models = analytic.make_models(DATA, reward, steps=STEPS, policy=AFFINE, flow=AFFINE)
+  net = analytic.affine_per_step(SAMPLERS[path], 1, CENTRE)
+  models = analytic.make_models(
+    DATA, reward, steps=STEPS, policy=net, flow=net, **PATHS[path]
+  )
   method = nabla_gfn.make(models, cfg, optim)
   batch, key = analytic.make_batch(batch_size), jax.random.key(seed)
 
@@ -121,7 +127,7 @@ def train(reward, cfg, optim, updates, batch_size, seed=0):
 
   state = method.init(key, models.frozen, batch)
   state, metrics = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(updates)))(state)
-  return moments(method.product(state)), metrics
+  return moments(method.product(state), path), metrics
 
 
 def config(**options):
@@ -148,6 +154,7 @@ def descent(rate, decay_steps=0):
 
 
 REF_MEAN, REF_VAR, _ = moments()
+FLOW_MEAN, FLOW_VAR, _ = moments(path="flow")
 
 
 def test_closed_forms_reproduce_the_published_table():
@@ -159,6 +166,49 @@ def test_closed_forms_reproduce_the_published_table():
   )
   assert quadratic_optimum() == pytest.approx((1.43230, 0.19437), abs=5e-6)
   assert quadratic_optimum(flow_learns_from_forward=True)[1] == pytest.approx(0.243, abs=1e-3)
+  assert linear_kl("vp") == pytest.approx(1.94109, abs=1e-5)
+
+
+def test_the_flow_chain_of_the_closed_forms():
+  """Flow-GRPO's chain keeps the mean exactly, and nearly the variance; a tilt moves it by less.
+
+  The true tilt moves the mean by `beta var`; the chain's initial noise is no action of the policy.
+  """
+  assert FLOW_MEAN == pytest.approx(MEAN, abs=1e-12)
+  assert FLOW_VAR == pytest.approx(VAR, rel=0.02)
+  assert 0.9 * BETA * FLOW_VAR < linear_shift(path="flow") < BETA * FLOW_VAR
+  # `x0_hat` is where a chain ends on average if it is memoryless, as the VP one is; not this one.
+  assert linear_shift("one", "flow") < 0.5 * linear_shift(path="flow")
+  assert SAMPLERS["memoryless"].memoryless and not SAMPLERS["flow"].memoryless
+  assert linear_shift("one", "memoryless") == pytest.approx(
+    linear_shift(path="memoryless"), rel=2e-3
+  )
+
+
+@pytest.mark.parametrize("gamma", ["one", "abar"])
+def test_linear_on_a_flow(gamma):
+  """Without a flow net: the shift of the one-step guess, variance unchanged, no loss left."""
+  (mean, var, _), metrics = train(
+    LINEAR, config(gamma=gamma, x0_net="ref"), descent(10.0), 1000, 16, path="flow"
+  )
+  assert mean - FLOW_MEAN == pytest.approx(linear_shift(gamma, "flow"), abs=1e-5)
+  assert var == pytest.approx(FLOW_VAR, abs=1e-4)
+  assert metrics["loss/forward"][-1] < 1e-8 * metrics["loss/forward"][0]
+
+
+def test_linear_on_a_flow_with_flow_net_is_exact():
+  """The reward-tilted Gaussian of the chain, by its own linear response."""
+  cfg = config(gamma="abar", x0_net="ref", flow=True, reverse="lean", flow_lr=1e4)
+  (mean, var, kl), metrics = train(LINEAR, cfg, descent(10.0), 1200, 16, path="flow")
+  assert mean - FLOW_MEAN == pytest.approx(linear_shift(path="flow"), abs=2e-5)
+  assert var == pytest.approx(FLOW_VAR, abs=1e-4)
+  assert kl == pytest.approx(linear_kl("flow"), abs=1e-4)
+
+
+def test_quadratic_on_a_flow_reaches_the_best_gaussian_policy():
+  cfg = config(gamma="one", x0_net="ref", flow=True, reverse="lean", flow_lr=1e4)
+  (mean, var, _), _ = train(QUADRATIC, cfg, descent(10.0, 1200), 1200, 64, path="flow")
+  assert (mean, var) == pytest.approx(quadratic_optimum(path="flow"), abs=3e-3)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_gradient_of_the_diffusion_chain(path):
   steps, mean, var = 10, 0.7, 0.5
   data = analytic.Mixture(np.ones(1), np.asarray([[mean]]), np.asarray([var]))
   models = analytic.make_models(data, analytic.linear_reward([1.0]), steps=steps,
-                                schedule=analytic.PATHS[path])
+                                **analytic.PATHS[path])
   s = models.sampler
   gain = s.x_coef - s.out_coef * analytic.gaussian_line(
       models.schedule, s.alpha, s.sigma, mean, var)[0]

@@ -1,9 +1,12 @@
 """MaPO, Diffusion-DPO and SFT against tables computed in extended precision, and on Gaussian data.
 
-With data N(0, 1) and a policy that moves the mean by delta, `eps_theta - eps_ref = -c_t delta`,
-`c_t = sqrt(abar (1 - abar))`, so optima of the losses follow from one-dimensional integrals.
+With data N(0, 1) and a policy that moves the mean by delta, `o_theta - o_ref = -c_t delta`, and the
+residual of a perfect network is `-c_t x_0` and noise. `c_t = alpha sigma` for noise estimates, and
+`sigma / (alpha^2 + sigma^2)` on a flow. So optima of the losses follow from one-dimensional
+integrals.
 """
 import dataclasses
+import functools
 import math
 
 import jax
@@ -22,6 +25,7 @@ from jaxalign.methods.mapo import Config as MaPOConfig
 from jaxalign.methods.sft import Config as SFTConfig
 from jaxalign.methods.shared import preference
 from jaxalign.methods.shared.preference import denoising_errors, draw
+from jaxalign.models.stable_diffusion_xl import StableDiffusionXLPipeline
 from jaxalign.sampling import Schedule
 from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing import analytic
@@ -39,7 +43,8 @@ def world(schedule=analytic.SD_SCHEDULE):
   """Models of N(0, 1) whose policy `{"delta": []}` is its mean."""
   def apply(params, x, t, cond):
     alpha, sigma = schedule.levels(jnp.broadcast_to(t, x.shape[:1]))
-    return -params["delta"] * (alpha * sigma)[:, None]
+    c = sigma / (alpha**2 + sigma**2) if schedule.is_flow else alpha * sigma
+    return -params["delta"] * c[:, None]
   policy = FlowNet(lambda key: {"delta": jnp.zeros(())}, apply)
   return analytic.make_models(DATA, analytic.linear_reward([1.0]), steps=4, policy=policy,
                               schedule=schedule)
@@ -185,7 +190,8 @@ def stationary(total, low, high):
 def dpo_optimum(a, latents, noise, t, weights, schedule=analytic.SD_SCHEDULE):
   models = world(schedule)
   rows = {"latents": jnp.asarray(latents, jnp.float32)[..., None], "t": jnp.asarray(t),
-          "noise": jnp.asarray(noise, jnp.float32)[..., None], "cond": {}}
+          "noise": jnp.asarray(noise, jnp.float32)[..., None], "cond": {},
+          "origin": jnp.zeros((1, 1, 4))}
   label = jax.nn.sigmoid(a * (rows["latents"][:, 0, 0] - rows["latents"][:, 1, 0]))
   weights = jnp.asarray(weights, jnp.float32)
   errors = lambda policy: denoising_errors(models, models.combine(policy, models.frozen["base"]),
@@ -227,6 +233,30 @@ def test_dpo_optimum_at_one_timestep_and_for_weak_rewards():
   assert weak == pytest.approx(0.05449, rel=2e-3)
 
 
+def test_dpo_optimum_on_a_flow():
+  """The same law with `c` of the flow: `a / c^2` at one level, `a E c^2 / E c^4` for weak rewards.
+
+  And as its shift of the mean makes the output of N(delta, 1), nothing is learned but that shift.
+  """
+  for t in (500, 800):
+    sigma = t / 1000
+    c = sigma / ((1 - sigma) ** 2 + sigma**2)
+    found = shared_noise_optimum(1.0, np.asarray([t]), analytic.FLOW_SCHEDULE)
+    assert found == pytest.approx(1 / c**2, rel=1e-4)
+  t = np.arange(0, 1001, 5)
+  sigma = t / 1000
+  c = sigma / ((1 - sigma) ** 2 + sigma**2)
+  weak = shared_noise_optimum(0.01, t, analytic.FLOW_SCHEDULE)
+  assert weak == pytest.approx(0.01 * (c**2).mean() / (c**4).mean(), rel=2e-3)
+  models = world(analytic.FLOW_SCHEDULE)
+  x, times = jax.random.normal(KEY, (4, 1)), jnp.asarray([100.0, 400.0, 800.0, 1000.0])
+  moved = analytic.Mixture(np.ones(1), np.full((1, 1), 0.3), np.ones(1))
+  np.testing.assert_allclose(
+      models.output({"delta": jnp.float32(0.3)}, models.frozen, x, times,
+                    analytic.make_batch(4)["conditioning"]),
+      analytic.exact_output(models.schedule, moved.tree(), x, times), atol=1e-6)
+
+
 def test_dpo_optimum_with_independent_noise():
   """Noise of its own for each image attenuates: 1.86 (Monte Carlo, three digits) for 6.02."""
   n, t = 24, np.arange(0, 1000, 10)
@@ -247,7 +277,7 @@ def test_order_of_methods_without_a_reference():
   models, n = world(), 200_000
   x, noise, t = (jax.random.normal(KEY, (n, 2, 1)), jax.random.normal(jax.random.key(1), (n, 1, 1)),
                  jnp.arange(n) % 1000)
-  rows = {"latents": x, "noise": noise, "t": t, "cond": {}}
+  rows = {"latents": x, "noise": noise, "t": t, "cond": {}, "origin": jnp.zeros((1, 1, 4))}
   label = jax.nn.sigmoid(x[:, 0, 0] - x[:, 1, 0])
   errors = lambda delta: denoising_errors(
       models, models.combine({"delta": delta}, models.frozen["base"]), rows)
@@ -273,6 +303,18 @@ def pair_batch(size, shape=(1,), label=1.0):
   return {"conditioning": batch["conditioning"], "sample_ids": batch["sample_ids"],
           "pairs": {"latents": latents, "label": jnp.full(size, label),
                     "origin": jnp.arange(size * 8).reshape(size, 2, 4)}}
+
+
+def test_draw_takes_the_times_of_the_path():
+  """On a flow they are logit-normal, and shifted; the rest is the same."""
+  schedule = Schedule.flow(shift=3.0)
+  models = dataclasses.replace(world(), schedule=schedule)
+  flow, rows = (draw(m, DPOConfig(), pair_batch(4096), KEY) for m in (models, world()))
+  np.testing.assert_array_equal(flow["noise"], rows["noise"])
+  t = np.asarray(flow["t"], np.float64) / 1000
+  u = t / (3 - 2 * t)
+  z = np.log(u / (1 - u))
+  assert abs(z.mean()) < 4.5 / 64 and abs(z.var() - 1) < 4.5 * np.sqrt(2 / 4096)
 
 
 def test_draw():
@@ -317,7 +359,9 @@ def test_xl_is_told_each_images_size_and_crop(cfg):
   batch["conditioning"] = batch["conditioning"]._replace(
       cond={"text": jnp.ones((4, 3, 2)), "added": added(1.0)},
       uncond={"text": jnp.zeros((4, 3, 2)), "added": added(0.0)})
-  models = dataclasses.replace(world(), denoise=denoise)
+  models = dataclasses.replace(
+      world(), denoise=denoise,
+      with_origin=functools.partial(StableDiffusionXLPipeline.with_origin, None))
   rows = draw(models, dataclasses.replace(cfg, prompt_dropout=0.5), batch, KEY)
   denoising_errors(models, None, rows)
   origin = np.asarray(batch["pairs"]["origin"])[:, :images].reshape(-1, 4)
@@ -345,7 +389,8 @@ def test_errors_are_against_what_the_network_predicts(prediction):
       models.schedule, prediction=prediction)
   zero = dataclasses.replace(models, schedule=schedule, denoise=lambda v, x, t, c: 0 * x)
   rows = {"latents": jax.random.normal(KEY, (4, 2, 3)), "t": jnp.asarray([0, 9, 500, 999]),
-          "noise": jax.random.normal(jax.random.key(1), (4, 1, 3)), "cond": {}}
+          "noise": jax.random.normal(jax.random.key(1), (4, 1, 3)), "cond": {},
+          "origin": jnp.zeros((1, 1, 4))}
   alpha, sigma = (a[np.asarray(rows["t"])][:, None, None]
                   for a in (schedule.alphas, schedule.sigmas))
   x, noise = np.asarray(rows["latents"], np.float64), np.asarray(rows["noise"], np.float64)

@@ -118,7 +118,7 @@ def check_affine(models, cfg, active):
 @pytest.mark.parametrize("path", analytic.PATHS)
 def test_draft_on_the_affine_chain(last, eta, path):
   active = np.arange(STEPS) >= (STEPS - last if last else 0)
-  models = world(eta=eta, schedule=analytic.PATHS[path])
+  models = world(**{**analytic.PATHS[path], "eta": eta})
   check_affine(models, DRaFTConfig(backprop_steps=last), active)
 
 
@@ -140,7 +140,7 @@ def test_draft_and_reinforce_agree(path):
 
   The score function estimate is `mean(x_N s_k z_k)`; 20000 trajectories of one batch.
   """
-  models, policy, n = world(schedule=analytic.PATHS[path]), policy_of(), 20000
+  models, policy, n = world(**analytic.PATHS[path]), policy_of(), 20000
   sampler = models.sampler
   found = gradient(models, DRAFT, policy, rows_of(sampled(models, DRAFT, policy)[2]))
   direct = -found["bias"] / W * -sampler.std ** 2 / sampler.out_coef
@@ -189,7 +189,7 @@ def test_alignprop_on_the_affine_chain(kind, path):
   """At steps without gradient a change is carried on by `a_k` alone."""
   active = np.asarray(draw_active(kind, KEY, STEPS))
   assert 0 < active.sum() < STEPS
-  check_affine(world(schedule=analytic.PATHS[path]), AlignPropConfig(truncation=kind), active)
+  check_affine(world(**analytic.PATHS[path]), AlignPropConfig(truncation=kind), active)
 
 
 def active_draws(kind, steps, keys=20000):
@@ -247,7 +247,7 @@ def test_truncation_of_very_short_chains():
 @pytest.mark.parametrize("path", analytic.PATHS)
 def test_refl_by_hand(path):
   """One step of the window: `-d relu(target - w x0_hat) / d o = w q` if below, q of the path."""
-  models, policy = world(schedule=analytic.PATHS[path]), policy_of()
+  models, policy = world(**analytic.PATHS[path]), policy_of()
   cfg = ReFLConfig(window=1, objective="hinge", target=1.0, weight=0.3)
   _, _, experience = sampled(models, cfg, policy)
   found = gradient(models, cfg, policy, rows_of(experience))

@@ -5,15 +5,20 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from jaxalign.errors import UserError
 from jaxalign.models import lora
+from jaxalign.models.mmdit import SD3Transformer2DModel
 from jaxalign.models.pipeline import random_params
+from jaxalign.models.stable_diffusion import StableDiffusionPipeline
+from jaxalign.models.stable_diffusion_3 import StableDiffusion3Pipeline
 from jaxalign.models.unet import UNet2DConditionModel
 
 CONFIG = dict(sample_size=4, block_out_channels=[32, 32], layers_per_block=1,
               cross_attention_dim=16, attention_head_dim=2,
               down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
               up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
-ALL = ("attention", "ff", "conv")
+ALL = StableDiffusionPipeline.lora_targets
+ATTENTION = {"attention": ALL["attention"]}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def test_merged_equals_adapter(setting):
 
 def test_gradient_reaches_every_factor(setting):
   apply, params = setting
-  adapter = moved(lora.init(jax.random.key(0), params, 2))
+  adapter = moved(lora.init(jax.random.key(0), params, 2, ATTENTION))
   loss = lambda adapter: jnp.square(apply({"params": params, "lora": adapter})).mean()
   grad = jax.jit(jax.grad(loss))
   grads = grad(adapter)
@@ -63,14 +68,14 @@ def test_gradient_reaches_every_factor(setting):
   for path, g in traverse_util.flatten_dict(grads, sep="/").items():
     assert np.abs(g).max() > 0, path
   # At the start only b moves, since b = 0 shields a.
-  start = grad(lora.init(jax.random.key(0), params, 2))
+  start = grad(lora.init(jax.random.key(0), params, 2, ATTENTION))
   for path, g in traverse_util.flatten_dict(start, sep="/").items():
     assert (np.abs(g).max() > 0) == path.endswith("/b"), path
 
 
 def test_shapes_start_and_targets(setting):
   _, params = setting
-  adapter = lora.init(jax.random.key(0), params, 8)
+  adapter = lora.init(jax.random.key(0), params, 8, ATTENTION)
   flat = traverse_util.flatten_dict(adapter, sep="/")
   kernels = traverse_util.flatten_dict(params, sep="/")
   # Down, mid and two up transformers, two attentions each, four kernels each.
@@ -80,15 +85,36 @@ def test_shapes_start_and_targets(setting):
     assert x.shape == ((kernel.shape[0], 8) if path.endswith("/a") else (8, kernel.shape[1]))
   a = np.concatenate([x.ravel() for path, x in flat.items() if path.endswith("/a")])
   assert abs(a.std() * 8 - 1) < 0.03
-  convs = traverse_util.flatten_dict(lora.init(jax.random.key(0), params, 8, ("conv",)), sep="/")
+  convs = traverse_util.flatten_dict(
+      lora.init(jax.random.key(0), params, 8, {"conv": ALL["conv"]}), sep="/")
   assert convs["down_blocks_0/resnets_0/conv1/a"].shape == (3, 3, 32, 8)
+
+
+def test_targets_of_a_transformer():
+  """Image and text, both attentions; the last block has no output of the text."""
+  config = dict(sample_size=2, patch_size=1, in_channels=4, out_channels=4, num_layers=2,
+                attention_head_dim=8, num_attention_heads=1, joint_attention_dim=8,
+                caption_projection_dim=8, pooled_projection_dim=8, dual_attention_layers=[0])
+  model = SD3Transformer2DModel.from_config(config)
+  params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+
+  def layers(target):
+    targets = {target: StableDiffusion3Pipeline.lora_targets[target]}
+    tree = traverse_util.flatten_dict(lora.init(jax.random.key(0), params, 2, targets), sep="/")
+    return {path.rpartition("/")[0] for path in tree}
+  attention, ff = layers("attention"), layers("ff")
+  own = {"to_q", "to_k", "to_v", "to_out_0"}
+  both = {*own, "add_q_proj", "add_k_proj", "add_v_proj"}
+  block = "transformer_blocks_{}/{}/{}".format
+  assert attention == {block(0, "attn", name) for name in {*both, "to_add_out"}} | {
+      block(0, "attn2", name) for name in own} | {block(1, "attn", name) for name in both}
+  assert ff == {block(i, kind, name) for i, kind in ((0, "ff"), (0, "ff_context"), (1, "ff"))
+                for name in ("net_0/proj", "net_2")}
 
 
 def test_bad_arguments_are_errors(setting):
   _, params = setting
-  with pytest.raises(ValueError, match="targets"):
-    lora.init(jax.random.key(0), params, 4, ("atention",))
-  with pytest.raises(ValueError, match="matches no layer"):
-    lora.init(jax.random.key(0), {"text_model": {}}, 4)
+  with pytest.raises(UserError, match="model.lora_targets: 'attention' matches no layer"):
+    lora.init(jax.random.key(0), {"text_model": {}}, 4, ATTENTION)
   with pytest.raises(ValueError, match="not a layer"):
     lora.merge(params, {"nowhere": {"a": np.zeros((2, 1)), "b": np.zeros((1, 2))}})

@@ -2,9 +2,10 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxalign.errors import UserError
-from jaxalign.models.tokenizer import Tokenizer
+from jaxalign.models.tokenizer import T5Tokenizer, Tokenizer
 
 TEXTS = [
     "", " ", "a cat on a red background", "A CAT, on   a\tred\nbackground!!", "!!", "!",
@@ -93,3 +94,57 @@ def test_errors_name_the_file(tmp_path):
   (tmp_path / "merges.txt").unlink()
   with pytest.raises(UserError, match="merges.txt"):
     Tokenizer.load(tmp_path)
+
+
+def t5_file(end="</s>"):
+  """A Unigram tokenizer of T5's parts: `</s>` by template, spaces as U+2581."""
+  vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+  vocab += [(piece, -3.0 - i / 10) for i, piece in enumerate(
+      ["\u2581a", "\u2581cat", "\u2581on", "\u2581red", "\u2581back", "ground", "s", "C", "."])]
+  vocab += [(letter, -9.0) for letter in "abcdegnortu"]
+  tok = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=2))
+  tok.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+      tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()])
+  tok.decoder = tokenizers.decoders.Metaspace()
+  tok.add_special_tokens(["<pad>", "</s>", "<unk>"])
+  tok.post_processor = tokenizers.processors.TemplateProcessing(
+      single=f"$A {end}".strip(), special_tokens=[("</s>", 1)])
+  return tok.to_str().encode()
+
+
+@pytest.mark.parametrize("length", [256, 12])
+def test_t5_has_the_ids_of_transformers(tmp_path, length):
+  transformers = pytest.importorskip("transformers")
+  (tmp_path / "tokenizer.json").write_bytes(t5_file())
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+      "tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "model_max_length": 512}))
+  theirs = transformers.T5TokenizerFast.from_pretrained(tmp_path)
+  texts = TEXTS + ["a cat on red backgrounds.", "a cat </s> a", "<pad> a <unk>"]
+  expected = theirs(texts, padding="max_length", truncation=True, max_length=length,
+                    add_special_tokens=True, return_tensors="np").input_ids
+  tokenizer = T5Tokenizer.load(tmp_path, length=length)
+  np.testing.assert_array_equal(tokenizer(texts), expected)
+  assert tokenizer(texts).dtype == np.int32 and tokenizer([]).shape == (0, length)
+  assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 0, len(theirs))
+  empty, long = tokenizer(["", "cat " * 300])
+  assert empty.tolist() == [1] + [0] * (length - 1) and long[-1] == 1 and not (long[:-1] == 1).any()
+
+
+def test_t5_saves_the_same_bytes_and_names_bad_files(tmp_path):
+  (tmp_path / "tokenizer.json").write_bytes(t5_file())
+  (tmp_path / "spiece.model").write_bytes(b"sentencepiece")
+  T5Tokenizer.load(tmp_path).save(tmp_path / "copy")
+  assert {f.name: f.read_bytes() for f in (tmp_path / "copy").iterdir()} == {
+      "tokenizer.json": t5_file(), "spiece.model": b"sentencepiece"}
+  (tmp_path / "tokenizer.json").write_bytes(t5_file(end=""))
+  with pytest.raises(UserError, match="tokenizer.json: its post_processor"):
+    T5Tokenizer.load(tmp_path)
+  (tmp_path / "tokenizer.json").write_bytes(t5_file().replace(b"<pad>", b"<gap>"))
+  with pytest.raises(UserError, match="tokenizer.json: special token '<pad>' is missing"):
+    T5Tokenizer.load(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(UserError, match="tokenizer.json: not a tokenizer"):
+    T5Tokenizer.load(tmp_path)
+  (tmp_path / "tokenizer.json").unlink()
+  with pytest.raises(UserError, match="tokenizer.json: tokenizer file is missing"):
+    T5Tokenizer.load(tmp_path)

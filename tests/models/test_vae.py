@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+import waves
 from jaxalign.convert import names
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import random_params
@@ -17,6 +18,9 @@ SMALL = dict(block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8,
              scaling_factor=0.7, shift_factor=0.1)
 FULL = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2,
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+# Of Stable Diffusion 3: no 1x1 convolutions around 16 channels.
+SMALL16 = dict(SMALL, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+FULL16 = dict(FULL, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 
 
 @functools.cache
@@ -33,12 +37,15 @@ def small():
   return vae, params, rng.uniform(size=(2, 12, 12, 3)).astype(np.float32)
 
 
-def test_encode_and_decode_equal_pytorch(small):
+@pytest.mark.parametrize("config", [SMALL, SMALL16, dict(SMALL, use_post_quant_conv=False)],
+                         ids=["sd1", "sd3", "one_convolution"])
+def test_encode_and_decode_equal_pytorch(config, small):
   torch = pytest.importorskip("torch")
   diffusers = pytest.importorskip("diffusers")
-  vae, params, images = small
+  vae, images = AutoencoderKL.from_config(config), small[2]
+  params = random_params(shapes_of(vae), 0)
   flat = traverse_util.flatten_dict(params, sep="/")
-  model = diffusers.AutoencoderKL(**SMALL).eval()
+  model = diffusers.AutoencoderKL(**config).eval()
   model.load_state_dict({names.new_vae_name(names.torch_name(p)):
                          torch.from_numpy(names.to_torch(p, x)) for p, x in flat.items()})
   x = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -77,9 +84,28 @@ def test_tree_equals_that_of_the_flax_class(config):
   assert flatten(shapes_of(AutoencoderKL.from_config(config))) == flatten(theirs)
 
 
-def test_full_size():
-  shapes = jax.tree.leaves(shapes_of(AutoencoderKL.from_config(FULL)))
-  assert sum(leaf.size for leaf in shapes) == 83_653_863
+@pytest.mark.parametrize("config, count", [(FULL, 83_653_863), (FULL16, 83_819_683)],
+                         ids=["sd1", "sd3"])
+def test_full_size(config, count):
+  shapes = jax.tree.leaves(shapes_of(AutoencoderKL.from_config(config)))
+  assert sum(leaf.size for leaf in shapes) == count
+
+
+def test_golden():
+  """Without quant convolutions: decoded from scaled latents, and the posterior of an image."""
+  vae = AutoencoderKL.from_config(dict(
+      block_out_channels=[8, 12], layers_per_block=1, norm_num_groups=4, latent_channels=16,
+      down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+      scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False))
+  params = waves.parameters(shapes_of(vae))
+  image, mean, logvar = waves.golden("vae")
+  decoded = jax.jit(lambda p, z: decode_images(vae, p, z, clamp=False))(
+      params, waves.inputs("latents", 1, 16, 3, 4))
+  np.testing.assert_allclose(2 * decoded - 1, image, rtol=0, atol=1e-5 * np.abs(image).max())
+  got = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode"))(
+      params, waves.inputs("image", 1, 3, 6, 8))
+  np.testing.assert_allclose(got[0], mean, rtol=0, atol=1e-5 * np.abs(mean).max())
+  np.testing.assert_allclose(got[1], logvar, rtol=0, atol=1e-5 * np.abs(logvar).max())
 
 
 def test_bf16_decodes_to_clamped_f32(small):
@@ -93,7 +119,7 @@ def test_bf16_decodes_to_clamped_f32(small):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("act_fn", "relu"), ("mid_block_add_attention", False), ("use_quant_conv", False),
+    ("act_fn", "relu"), ("mid_block_add_attention", False), ("use_quant_conv", 1),
     ("latents_mean", [0.0]), ("_class_name", "VQModel"), ("norm_num_groups", 5),
     ("down_block_types", ["AttnDownEncoderBlock2D"] * 2),
 ])

@@ -123,7 +123,7 @@ def test_denoiser_recipe_writes_a_model_that_loads(vae_run, folder):
   summary = loop.run(parse(config), folder / "unet_run")
   assert 0 <= summary["figures"]["eval/colour"] <= 1
   pipeline = load_pipeline(folder / "unet_run" / "export")
-  assert pipeline.unet.config.block_out_channels == (32, 32)
+  assert pipeline.denoiser.config.block_out_channels == (32, 32)
   assert pipeline.scheduler_config["prediction_type"] == "v_prediction"
   images = quality.draw(pipeline, ["a cat on a red background"] * 3)
   assert images.shape == (3, 64, 64, 3) and np.isfinite(images).all()

@@ -9,8 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import UserError
-from jaxalign.models import blip
-from jaxalign.rewards import make_reward
+from jaxalign.rewards import blip, make_reward
 from jaxalign.rewards.clip_towers import HEAD_LAYERS, HEAD_WIDTHS
 from jaxalign.rewards.image_reward import LENGTH, SCORE_MEAN, SCORE_STD
 

@@ -83,8 +83,8 @@ def test_guidance_is_the_same_in_every_unit(prediction):
 def test_guided_rollout_of_gaussians_extrapolates_the_mean(path):
   """Gaussians of one variance: guidance between means u and c gives the mean u + w (c - u)."""
   base = {"log_weights": jnp.zeros(1), "variances": jnp.full(1, 0.5)}
-  schedule, scale, rows = analytic.PATHS[path], 3.0, 6
-  sampler = make_sampler(schedule, 10)
+  schedule, scale, rows = analytic.PATHS[path]["schedule"], 3.0, 6
+  sampler = make_sampler(steps=10, **analytic.PATHS[path])
 
   def denoise(params, x, t, cond):
     row = lambda x, t, m: analytic.exact_output(

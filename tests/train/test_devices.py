@@ -93,7 +93,7 @@ def test_parameters_lie_where_the_table_says(adapter):
       assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
   held = lambda leaf: leaf.addressable_shards[0].data.size / leaf.size
   leaves = jax.tree_util.tree_leaves_with_path
-  base = {path_of(p): held(leaf) for p, leaf in leaves(exp.frozen["base"])}
+  base = {path_of(p): held(leaf) for p, leaf in leaves(exp.frozen["base"]["params"])}
   kernel = "down_blocks_0/attentions_0/transformer_blocks_0/attn1/to_q/kernel"
   assert base[kernel] == 1 / 4                                  # fsdp x tensor
   assert base["down_blocks_0/resnets_0/conv1/kernel"] == 1 / 2  # fsdp

@@ -77,7 +77,7 @@ def test_path_kl():
                  models.latent_shape)
   gaps = []
   for k in range(models.sampler.steps):
-    ref = output({"params": exp.frozen["base"]}, path.latents[k], models.sampler.at("timesteps", k),
+    ref = output(exp.frozen["base"], path.latents[k], models.sampler.at("timesteps", k),
               batch["conditioning"])
     gaps.append(np.square(path.out[k] - ref).sum((1, 2, 3)))
   kl = metrics.gaussian_path_kl(np.stack(gaps), models.sampler.std, models.sampler.lam)

@@ -347,7 +347,7 @@ def test_frozen_kernels_lie_in_the_dtype_they_compute_in():
   adapter = jax.tree.map(lambda a: a + 0.1, adapter)
 
   ids = exp.pipeline.tokenize(["a cat"])
-  text = exp.encode(ids)
+  text = exp.embed(["a cat"])
   x = jax.random.normal(jax.random.key(1), (1, *exp.models.latent_shape))
   draw = jax.jit(lambda base, decoder, text: (
       exp.models.denoise(exp.models.combine(adapter, base), x, jnp.full(1, 300), text),
@@ -356,7 +356,7 @@ def test_frozen_kernels_lie_in_the_dtype_they_compute_in():
   jax.tree.map(np.testing.assert_array_equal, text,
                jax.jit(exp.pipeline.encode_prompts)(exp.pipeline.text_params, ids))
   jax.tree.map(np.testing.assert_array_equal, draw(exp.frozen["base"], exp.frozen["decoder"], text),
-               draw(params["unet"], params["vae"], text))
+               draw({"params": params["unet"]}, params["vae"], text))
 
 
 def test_weights_that_are_trained_start_from_f32():

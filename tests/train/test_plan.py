@@ -68,7 +68,7 @@ def test_operations_in_loops_count_as_often_as_they_run():
 @pytest.mark.parametrize("name, tflop", [("sd15", 0.803), ("sdxl", 6.761)])
 def test_forward_pass_of_a_unet(name, tflop):
   """Budgets counted with torch's flop counter on diffusers' own models, one image."""
-  unet = open_pipeline(f"jaxalign:{name}", shapes_only=True).unet
+  unet = open_pipeline(f"jaxalign:{name}", shapes_only=True).denoiser
   x, t, text, added = jax.eval_shape(unet.example_inputs)
   text = jax.ShapeDtypeStruct((1, 77, text.shape[-1]), text.dtype)
   params = jax.eval_shape(unet.init, jax.random.key(0), x, t, text, added)

@@ -117,10 +117,7 @@ def denoising_errors(models: Models, variables, rows):
   latents = flat(latents)
   x_t = schedule.add_noise(latents, noise, t)
   cond = jax.tree.map(each, rows["cond"])
-  if "added" in cond:                        # SDXL: each image's own size and crop, caption or none
-    target = cond["added"]["time_ids"][:, 4:]
-    time_ids = jnp.concatenate([flat(rows["origin"]).astype(target.dtype), target], axis=1)
-    cond = {**cond, "added": {**cond["added"], "time_ids": time_ids}}
+  cond = models.with_origin(cond, flat(rows["origin"]))     # of the image, caption or none
   prediction = models.denoise(variables, x_t, t, cond)
   gap = prediction.astype(jnp.float32) - schedule.target(latents, noise, t)
   return jnp.square(gap).mean(tuple(range(1, gap.ndim))).reshape(-1, images)
