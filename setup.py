@@ -12,7 +12,8 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=[*setuptools.find_packages(include=["jaxalign", "jaxalign.*"]), "jaxalign.configs"],
     package_dir={"jaxalign": "jaxalign", "jaxalign.configs": "configs"},
-    package_data={"jaxalign": ["assets/**/*", "emoji/*.md", "pretrain/*.md"]},
+    package_data={"jaxalign": ["assets/**/*", "emoji/*.md", "emoji/*.npz", "emoji/*.png",
+                               "pretrain/*.md"]},
     install_requires=[
         "absl-py>=2.1",                # command-line flags
         "flax>=0.10",                  # network modules (Linen)

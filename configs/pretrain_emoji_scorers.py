@@ -4,9 +4,9 @@
   python -m jaxalign.launch --config=configs/pretrain_emoji_scorers.py:emoji_clip
   python -m jaxalign.launch --config=configs/pretrain_emoji_scorers.py:emoji_judge
 
-The first needs the autoencoder: the shipped one, or --config.task.vae=DIR. The shipped scorers were
-trained with that of version 0 of the model. A second argument after a comma, `smoke`: three steps
-of a tiny one.
+They see 32 pixels. The first needs an autoencoder of that size: the shipped one, or
+--config.task.vae=DIR. The shipped scorers were trained with that of version 0 of the model. A
+second argument after a comma, `smoke`: three steps of a tiny one.
 """
 from jaxalign.config import recipes
 from jaxalign.pretrain import config as pretrain

@@ -32,7 +32,7 @@ class Look(NamedTuple):
 class Task(NamedTuple):
   """Something to train.
 
-  A module of `TASKS` offers `Config`, a frozen dataclass, and `make(cfg, drawings) -> Task`.
+  A module of `TASKS` offers `Config`, a frozen dataclass, and `make(cfg) -> Task`.
 
   Attributes:
     init: `(key) -> params`.

@@ -8,24 +8,9 @@ import ml_collections
 from jaxalign import pretrain
 from jaxalign.config.fields import Count, check
 from jaxalign.config.recipes import build_group
-from jaxalign.config.schema import OptimConfig, check_seed
-from jaxalign.emoji.drawings import CORE_CATEGORIES
+from jaxalign.config.schema import check_seed
 from jaxalign.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class DrawingsConfig:
-  """What is learned from.
-
-  Attributes:
-    drawings: the file `emoji.npz` that `python -m jaxalign.emoji.drawings` writes.
-    categories: of the packages' own, those that are used.
-  """
-  drawings: str = "runs/drawings/emoji.npz"
-  categories: tuple[str, ...] = CORE_CATEGORIES
-
-  def __post_init__(self):
-    check("data", self)
+from jaxalign.pretrain.optimizer import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +32,7 @@ class TrainConfig:
     check("train", self)
 
 
-GROUPS = {"data": DrawingsConfig, "optim": OptimConfig, "train": TrainConfig}
+GROUPS = {"optim": OptimConfig, "train": TrainConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +42,6 @@ class PretrainConfig:
   task_name: str
   seed: int
   task: Any
-  data: DrawingsConfig
   optim: OptimConfig
   train: TrainConfig
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from jaxalign import pretrain, viz
 from jaxalign.devices import rng, sharding
-from jaxalign.emoji.drawings import STYLES, load_drawings
 from jaxalign.errors import UserError
-from jaxalign.methods.shared.optimizer import ema_update, make_optimizer
+from jaxalign.methods.shared.optimizer import ema_update
 from jaxalign.pretrain.config import PretrainConfig
+from jaxalign.pretrain.optimizer import make_optimizer
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.workdir import Workdir
 
@@ -52,14 +52,11 @@ def _run(cfg, path, devices, stack) -> dict:
       return summary
   mesh = sharding.make_mesh(-1, 1, 1, devices)
   cfg.check_devices(mesh.size)
-  drawings = load_drawings(cfg.data.drawings).of(cfg.data.categories)
-  if not len(drawings.names):
-    raise UserError(f"data.categories={cfg.data.categories}: {cfg.data.drawings} has none of them")
-  task = pretrain.load(cfg.task_name).make(cfg.task, drawings)
+  task = pretrain.load(cfg.task_name).make(cfg.task)
   workdir.create()
   stack.callback(workdir.close)
 
-  optimizer = make_optimizer(cfg.optim, mask=lambda tree: jax.tree.map(lambda a: a.ndim > 1, tree))
+  optimizer = make_optimizer(cfg.optim)
   root = jax.random.key(cfg.seed)
   everywhere = sharding.replicated(mesh)
   tables = jax.device_put(task.tables, everywhere)
@@ -88,8 +85,7 @@ def _run(cfg, path, devices, stack) -> dict:
   state = jax.jit(init, out_shardings=everywhere)(rng.stream(root, rng.INIT))
   product = lambda: jax.device_get(state["average"] if cfg.optim.ema else state["params"])
   count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-  tqdm.write(f"{cfg.recipe}: {len(drawings.names)} names by {len(STYLES)} vendors, "
-             f"{count:,} parameters")
+  tqdm.write(f"{cfg.recipe}: {count:,} parameters")
 
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from jaxalign.config.fields import Count, Fraction, NonNegative, check
-from jaxalign.emoji.drawings import COLOURS, NO_STYLE, RGB, Drawings
+from jaxalign.emoji.drawings import COLOURS, CORE_CATEGORIES, NO_STYLE, RGB, load_drawings
 from jaxalign.emoji.scorer_quality import Tables, augment, evaluate, make_tables
 from jaxalign.emoji.scorers import ASSETS, SCORERS, save_scorer
 from jaxalign.errors import UserError
@@ -37,6 +37,8 @@ class Config:
   """Keys of the `task` group that both scorers share.
 
   Attributes:
+    drawings: the file `emoji.npz` that `python -m jaxalign.emoji.drawings` writes.
+    categories: of the packages' own, those that are used.
     tokenizer: folder of the tokenizer; the embedded model's by default.
     names: drawn per step, each in two images, of two vendors on two colours.
     colours_per_step: of 12: the fewer, the more wrong names share their background.
@@ -47,6 +49,8 @@ class Config:
     vae: folder of the autoencoder that does so.
     images: number of images for each figure of the thorough look.
   """
+  drawings: str = "runs/drawings/emoji.npz"
+  categories: tuple[str, ...] = CORE_CATEGORIES
   tokenizer: str = str(ASSETS / "emoji" / "tokenizer")
   names: Count = 64
   colours_per_step: Count = 4
@@ -180,8 +184,11 @@ class Kind(NamedTuple):
   make: Callable
 
 
-def make(name: str, cfg: Config, drawings: Drawings) -> Task:
-  """The scorer `name` for these drawings as a Task; parameters are `net` and `log_scale`."""
+def make(name: str, cfg: Config) -> Task:
+  """The scorer `name` as a Task; parameters are `net` and `log_scale`."""
+  drawings = load_drawings(cfg.drawings).of(cfg.categories)
+  if not len(drawings.names):
+    raise UserError(f"task.categories={cfg.categories}: {cfg.drawings} has none of them")
   tokenizer = Tokenizer.load(cfg.tokenizer)
   size = drawings.rgba.shape[2]
   model = cfg.model(tokenizer, size)

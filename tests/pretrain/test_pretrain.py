@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import worlds
 from jaxalign import pretrain
 from jaxalign.config.recipes import load_recipe
 from jaxalign.convert import load_pipeline
 from jaxalign.emoji import drawings as emoji
-from jaxalign.emoji import quality, scorer_quality
+from jaxalign.emoji import latents, quality, reader, scenes, scorer_quality, words
+from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import ASSETS, load_scorer
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.pretrain import autoencoder, denoiser, loop, scorers
+from jaxalign.pretrain import autoencoder, denoiser, loop, optimizer, scorers
 from jaxalign.pretrain.config import parse
 from jaxalign.rewards import Reward
 from jaxalign.storage.checkpoint import Checkpointer
@@ -40,12 +42,16 @@ def drawings():
 def folder(drawings, tmp_path_factory):
   path = tmp_path_factory.mktemp("drawings")
   np.savez(path / "emoji.npz", **drawings._asdict())
+  np.savez(path / "artwork.npz", **worlds.drawings()._asdict())
   return path
 
 
 def recipe(name: str, arg: str, folder):
   config = load_recipe(f"{ROOT / 'configs' / name}.py:{arg}")
-  config.data.drawings = str(folder / "emoji.npz")
+  if name == "pretrain_emoji_scorers":
+    config.task.drawings = str(folder / "emoji.npz")
+  else:
+    config.task.artwork = str(folder / "artwork.npz")
   return config
 
 
@@ -57,12 +63,18 @@ def vae_run(folder):
 # --- the loop -----------------------------------------------------------------------------------
 
 
-def test_autoencoder_recipe_writes_latents_of_unit_scale(vae_run, folder, drawings):
-  assert vae_run["steps"] == 3 and vae_run["figures"]["eval/mean_absolute_error"] > 0
+def test_autoencoder_recipe_writes_one_that_loads(vae_run, folder):
+  assert vae_run["steps"] == 3 and 5 < vae_run["figures"]["eval/scenes_db"] < 40
   vae, params, config = autoencoder.read(folder / "vae_run" / "export")
-  latents = denoiser.all_latents(vae, params, drawings.rgba)
-  assert latents.shape == (2, 2, 6, 12, 8, 8, 4)
-  assert 0.8 < latents.std() < 1.25
+  assert config["latent_channels"] == 16 and vae.factor == 8
+  # Pipelines with and without the 1x1 convolutions read the same latents.
+  x = jax.random.uniform(jax.random.key(0), (2, 64, 64, 3))
+  apply = lambda method, value, tree=params: vae.apply({"params": tree}, value, method=method)
+  np.testing.assert_array_equal(params["quant_conv"]["kernel"][0, 0], np.eye(32))
+  np.testing.assert_array_equal(params["post_quant_conv"]["kernel"][0, 0], np.eye(16))
+  mean, logvar = apply("encode", x)
+  assert mean.shape == (2, 8, 8, 16) and apply("decode", mean).shape == (2, 64, 64, 3)
+  np.testing.assert_array_equal(logvar, autoencoder.LOG_VARIANCE)
   assert len(list((folder / "vae_run" / "samples").glob("*.png"))) == 2
   lines = [json.loads(line) for line in
            (folder / "vae_run" / "metrics.jsonl").read_text().splitlines()]
@@ -109,11 +121,12 @@ def test_denoiser_recipe_writes_a_model_that_loads(vae_run, folder):
   config = recipe("pretrain_emoji", "smoke", folder)
   config.task.vae = str(folder / "vae_run" / "export")
   summary = loop.run(parse(config), folder / "unet_run")
-  assert 0 <= summary["figures"]["eval/judge_20"] <= 1
+  assert 0 <= summary["figures"]["eval/colour"] <= 1
   pipeline = load_pipeline(folder / "unet_run" / "export")
   assert pipeline.denoiser.config.block_out_channels == (32, 32)
+  assert pipeline.scheduler_config["prediction_type"] == "v_prediction"
   images = quality.draw(pipeline, ["a cat on a red background"] * 3)
-  assert images.shape == (3, 32, 32, 3) and np.isfinite(images).all()
+  assert images.shape == (3, 64, 64, 3) and np.isfinite(images).all()
 
 
 @pytest.mark.slow
@@ -132,11 +145,11 @@ def test_scorer_recipes_write_assets_that_load(folder, name):
 
 def test_mistakes_name_their_key(folder, tmp_path):
   config = recipe("pretrain_emoji_vae", "smoke", folder)
-  config.task.widths = (20, 20)
+  config.task.widths = (20, 20, 20, 20)
   with pytest.raises(UserError, match="task.widths"):
     parse(config)
   config = recipe("pretrain_emoji_vae", "smoke", folder)
-  config.data.drawings = str(tmp_path / "none.npz")
+  config.task.artwork = str(tmp_path / "none.npz")
   with pytest.raises(UserError, match="not a file of drawings"):
     loop.run(parse(config), tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -158,30 +171,97 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
 # --- losses -------------------------------------------------------------------------------------
 
 
-def test_autoencoder_losses():
-  mean, logvar = jnp.array([0.0, 1.0]), jnp.array([0.0, 0.0])
-  np.testing.assert_allclose(autoencoder.kl_to_normal(mean, logvar), 0.25)
+def test_reconstruction_loss():
   x = np.zeros((1, 4, 4, 3), np.float32)
-  np.testing.assert_allclose(autoencoder.reconstruction_loss(x, x + 0.5, 1.0), 0.5)   # no edge
+  loss = autoencoder.reconstruction_loss
+  np.testing.assert_allclose(loss(x, x + 0.5, 1.0, 0.0), 0.5)                 # no edge
   y = x.copy()
   y[:, :, 2:] = 1.0                          # one edge of four columns: a third of the differences
-  np.testing.assert_allclose(autoencoder.reconstruction_loss(x, y, 1.0), 0.5 + 1 / 3, rtol=1e-6)
+  np.testing.assert_allclose(loss(x, y, 1.0, 0.0), 0.5 + 1 / 3, rtol=1e-6)
+  np.testing.assert_allclose(loss(x, y, 0.0, 0.5), 0.5 + 0.25, rtol=1e-6)
+  np.testing.assert_allclose(autoencoder.decibel(x, y * 0.1), -10 * np.log10(0.005), rtol=1e-5)
 
 
-def test_denoiser_learns_only_trained_pairs(drawings, vae_run, folder):
-  cfg = denoiser.Config(vae=str(folder / "vae_run" / "export"), widths=(32,), text_width=32,
-                        text_layers=1, batch=64, caption_dropout=0.5)
-  task = denoiser.make(cfg, drawings)
+def test_autoencoder_learns_drawings_and_signs(folder):
+  task = autoencoder.make(autoencoder.Config(
+      artwork=str(folder / "artwork.npz"), widths=(8, 8, 8, 8), batch=20, encoded=5))
   batch = jax.jit(task.draw)(task.tables, jax.random.key(0))
-  assert 16 < int((np.asarray(batch["tokens"]) == task.tables["empty"]).all(1).sum()) < 48
-  held_out = {task.tables["tokens"][i, j, s].tobytes() for i, name in enumerate(drawings.names)
-              for j, colour in enumerate(emoji.COLOURS) for s in range(3)
-              if emoji.held_out(str(name), colour)}
-  assert held_out and not held_out & {row.tobytes() for row in np.asarray(batch["tokens"])}
-  np.testing.assert_array_equal(np.diff(np.asarray(batch["t"])) > 0, True)
-  # A network that predicts nothing at first has the noise's variance as its loss.
-  loss, _ = jax.jit(task.loss)(task.init(jax.random.key(1)), batch)
-  np.testing.assert_allclose(loss, np.square(batch["noise"]).mean(), rtol=1e-4)
+  fixed = latents.load()
+  images = batch["x"] / 2 + 0.5
+  np.testing.assert_allclose(fixed.encode(images), batch["z"], atol=1e-4)
+  noise = np.asarray(batch["noisy"] - batch["z"]).std((1, 2, 3))
+  assert 3 <= (noise > 0.01).sum() <= 17 and noise.max() < 0.2
+  # A fifth is signs: two colours, and what lies between them.
+  flat = np.asarray(images).reshape(20, -1, 3)
+  assert sum(np.linalg.matrix_rank(rows - rows[0], tol=1e-3) <= 1 for rows in flat) == 4
+
+
+def test_muon_moves_hidden_kernels_and_adam_the_rest():
+  params = {"block": {"conv1": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}},
+            "conv_out": {"kernel": jnp.ones((3, 3, 8, 3))}, "norm": {"scale": jnp.ones(4)}}
+  cfg = optimizer.OptimConfig(lr=1e-3, muon=1e-2, clip_norm=0.0)
+  rule = optimizer.make_optimizer(cfg)
+  grads = jax.tree.map(lambda a: jax.random.normal(jax.random.key(0), a.shape), params)
+  updates, _ = rule.update(grads, rule.init(params), params)
+  hidden = np.asarray(updates["block"]["conv1"]["kernel"]).reshape(36, 8)
+  spread = np.linalg.svd(hidden, compute_uv=False)
+  assert spread.max() / spread.min() < 2                  # all directions alike
+  np.testing.assert_allclose(np.sqrt(np.square(hidden).mean()), 0.2 * 1e-2, rtol=0.2)
+  for leaf in (updates["conv_out"]["kernel"], updates["norm"]["scale"],
+               updates["block"]["conv1"]["bias"]):
+    np.testing.assert_allclose(np.abs(leaf), 1e-3, rtol=1e-3)             # Adam's first step
+
+
+@pytest.fixture(scope="module")
+def scene_task(vae_run, folder):
+  return denoiser.make(denoiser.Config(
+      artwork=str(folder / "artwork.npz"), vae=str(folder / "vae_run" / "export"), subjects=4,
+      widths=(32,), text_width=32, text_layers=1, batch=64, caption_dropout=0.5))
+
+
+def test_captions_in_two_parts_are_those_of_the_tokenizer():
+  table = scenes.table(worlds.NAMES, np.ones((4, 12), bool), lambda scene: True)
+  tokenizer = words.tokenizer()
+  captions = denoiser.Captions.of(table, worlds.NAMES, tokenizer)
+  row = np.arange(len(table.first))
+  colour, style = row % 12, row % 4
+  tokens = captions.tokens(row, colour, style, tokenizer.bos_id, tokenizer.length)
+  expected = tokenizer([scenes.caption(table.scene(r, c, worlds.NAMES, (*STYLES, "")[s]))
+                        for r, c, s in zip(row, colour, style)])
+  np.testing.assert_array_equal(tokens, expected)
+
+
+def test_denoiser_learns_only_what_is_not_held_out(scene_task):
+  batch = jax.jit(scene_task.draw)(scene_task.tables, jax.random.key(0))
+  tokens = np.asarray(batch["tokens"])
+  empty = (tokens == scene_task.tables["empty"]).all(1)
+  assert 16 < empty.sum() < 48
+  table, tokenizer = scene_task.tables["scenes"], words.tokenizer()
+  allowed = {row.tobytes() for r in range(len(table.first)) for row in tokenizer([
+      scenes.caption(table.scene(r, c, worlds.NAMES, style))
+      for c in np.flatnonzero(table.colours[r]) for style in (*STYLES, "")])}
+  assert {row.tobytes() for row in tokens[~empty]} <= allowed
+  np.testing.assert_array_equal(np.diff(np.sort(batch["t"])) >= 0, True)
+  assert np.ptp(np.asarray(batch["t"])) > 900
+  # A network that predicts nothing at first has the velocity's size as its loss.
+  loss, _ = jax.jit(scene_task.loss)(scene_task.init(jax.random.key(1)), batch)
+  abar = np.linspace(0.00085 ** 0.5, 0.02 ** 0.5, 1000, dtype=np.float64) ** 2
+  abar = np.cumprod(1 - abar)[np.asarray(batch["t"])][:, None, None, None]
+  velocity = np.sqrt(abar) * batch["noise"] - np.sqrt(1 - abar) * batch["latents"]
+  np.testing.assert_allclose(loss, np.square(velocity).mean(), rtol=1e-3)
+
+
+def test_scenes_that_are_asked_for_and_what_was_right():
+  trained, held_out = denoiser.world_of(worlds.drawings().take(slice(0, 4)), worlds.NAMES)
+  assert all(not scenes.held_out(scene) for scene in
+             denoiser.ask(trained, worlds.NAMES, 8, np.random.default_rng(0)))
+  for scene in denoiser.ask(held_out, worlds.NAMES, 8, np.random.default_rng(0)):
+    kind = "pair" if scene.relation else "number" if scene.number > 1 else "colour"
+    assert scenes.held_out(scene) == (kind,)
+  right = reader.Reading(True, ("cat",) * 4, "red", ("noto",))
+  figures = denoiser.scores([scenes.Scene(("cat",), 1, "", "red"),
+                             scenes.Scene(("dog",), 1, "", "red", "3d")], [right, right])
+  assert figures["single"] == 0.5 and figures["colour"] == 1.0 and figures["style"] == 0.0
 
 
 def test_scorer_batch_is_what_it_says(drawings):
