@@ -85,7 +85,7 @@ def make_sd35(config: ml_collections.ConfigDict) -> None:
   config.optim.lr, config.optim.b2, config.optim.weight_decay = 3e-4, 0.999, 1e-4
   config.optim.clip_norm, config.optim.warmup, config.optim.decay_steps = 1.0, 0, 0
   config.train.patience = 0                 # the judge knows emoji only
-  config.eval.batch = 8
+  config.eval.batch = 16
 
 
 def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
