@@ -113,6 +113,7 @@ def _with_flags(cfg: schema.Config) -> schema.Config:
     reward = schema.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
   return dataclasses.replace(
       cfg, seed=_SEED.value, reward=reward,
+      data=dataclasses.replace(cfg.data, eval_prompts=_PROMPTS.value),
       model=dataclasses.replace(cfg.model, **given(dtype=_DTYPE)),
       sample=dataclasses.replace(
           cfg.sample, **given(steps=_STEPS, guidance=_GUIDANCE, eta=_ETA)),

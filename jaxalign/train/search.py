@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxalign import methods
-from jaxalign.devices import processes, rng, sharding
+from jaxalign.devices import callbacks, processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods.shared.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
@@ -141,10 +141,12 @@ def means(metrics: list[dict], total: int, step: int) -> dict[str, float]:
     UserError: no image has a finite reward.
   """
   metrics = processes.fetch(metrics)
+  callbacks.check()
   rows = {name: np.concatenate([part[name] for part in metrics])[:total]
           for name in metrics[0]}
   finite = {name: value[np.isfinite(value)] for name, value in rows.items()}
   if not finite["train/reward"].size:
     raise UserError(f"step {step}: the reward of every image is not a finite number; lower "
                     "optim.lr in another --workdir")
-  return {name: float(value.mean()) for name, value in finite.items() if value.size}
+  return {**{name: float(value.mean()) for name, value in finite.items() if value.size},
+          **callbacks.seconds()}
