@@ -1,4 +1,4 @@
-"""Host code inside compiled programs: it must neither raise nor hang, and is asked here how it went.
+"""Host code inside compiled programs: it must neither raise nor hang, and says here how it went.
 
 Where a callback raises on one of several devices, the others wait for it in a collective until XLA
 kills the process; where it takes long, likewise; and Ctrl-C is not seen meanwhile. So callbacks
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed       # its client alone knows how to wait for other processes
+from jax._src import distributed  # its client alone knows how to wait for other processes
 
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
@@ -64,11 +64,10 @@ def begin() -> None:
 
 def be_patient() -> None:
   """Makes XLA wait on CPUs as long as a callback may take; to be called before devices exist."""
-  for name in ("terminate_timeout_seconds", "warn_stuck_seconds"):
-    flag = f"--xla_cpu_collective_call_{name}"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag not in flags:
-      os.environ["XLA_FLAGS"] = f"{flags} {flag}={PATIENCE}".strip()
+  flag, flags = "--xla_cpu_collective_call_terminate_timeout_seconds", os.environ.get(
+      "XLA_FLAGS", "")
+  if flag not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}={PATIENCE}".strip()
 
 
 def ended() -> bool:
@@ -110,6 +109,22 @@ def seconds() -> dict[str, float]:
   with _STATE.lock:
     spent, _STATE.seconds = _STATE.seconds, 0.0
   return {"train/reward_seconds": round(spent, 3)}
+
+
+@contextlib.contextmanager
+def lowering(method: str):
+  """For JAX's refusal of forward mode through a `custom_vjp`, which names nobody.
+
+  Raises:
+    UserError: names the method, `method.name`.
+  """
+  try:
+    yield
+  except TypeError as error:
+    if not _STATE.in_use or "custom_vjp" not in str(error):
+      raise
+    raise UserError(f"method.name={method!r} asks for derivatives in forward mode, which a reward "
+                    "in PyTorch (reward.names) does not give; write it in JAX") from error
 
 
 def meet(name: str, number: int) -> None:

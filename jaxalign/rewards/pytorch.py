@@ -135,17 +135,17 @@ class Scorer:
 
   def _once(self, images, prompts, kind) -> np.ndarray:
     import torch
-    network = self.network()
     x = torch.from_numpy(np.array(images, np.float32)).to(self.settings.device)
     x.requires_grad_(kind == GRADIENT)
     dtype = getattr(torch, self.settings.dtype)
     f = self.features if kind == FEATURES else self._function
-    args = {"pixels": None, "prompts": list(prompts), "network": network}
+    wanted = inspect.signature(f).parameters
+    args = {"prompts": list(prompts), "network": self._network() if "network" in wanted else None}
     with self._guarded(f.__name__), torch.set_grad_enabled(kind == GRADIENT), torch.autocast(
         x.device.type, dtype, enabled=dtype != torch.float32):
       # A copy of the user's own, and no leaf, so that writing into it is no fault.
       args["pixels"] = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-      answer = f(*(args[name] for name in inspect.signature(f).parameters))
+      answer = f(*(args[name] for name in wanted))
       self._check(f.__name__, answer, x, kind, prompts)
       values = answer.float()
       if kind != GRADIENT:
@@ -179,10 +179,8 @@ class Scorer:
       value = float(values[i].flatten()[bad[i]][0])
       raise self._fault(f"{what} {value} for prompt {prompts[i]!r}")
 
-  def network(self):
+  def _network(self):
     """What `load` returned, made once per device and dtype and shared by the file's functions."""
-    if not hasattr(self._module, "load"):
-      return None
     import torch
     device, dtype = self.settings.device, self.settings.dtype
     file = pathlib.Path(self._module.__file__).resolve()
@@ -277,7 +275,7 @@ def pytorch_reward(name: str, settings: Settings, module, function: Callable,
   try:
     import torch
   except ImportError as error:
-    raise UserError(f"reward.names: {name}: needs PyTorch: pip install 'jaxalign[torch]'") from error
+    raise UserError(f"reward.names: {name} needs PyTorch: pip install jaxalign[torch]") from error
   try:
     device = torch.device(settings.device)
   except RuntimeError as error:
@@ -355,19 +353,8 @@ def _modules(value, seen: set[int] | None = None, depth: int = 4):
 
 
 def _score(scorer: Scorer, images, numbers):
-  mesh = jax.sharding.get_abstract_mesh()        # now: derivatives may be traced where it is gone
-  try:
-    return _differentiable(scorer, mesh, images, numbers)
-  except TypeError as error:
-    if "custom_vjp" not in str(error):
-      raise
-    raise _one_derivative(scorer) from error
-
-
-def _one_derivative(scorer: Scorer) -> UserError:
-  asked = f"method.name={scorer.method!r} asks" if scorer.method else "the method asks"
-  return UserError(f"reward.names: {scorer.name}: PyTorch gives first derivatives in reverse mode, "
-                   f"and {asked} for more; write the reward in JAX")
+  # The mesh is asked for now, as derivatives may be traced where it is not in force any more.
+  return _differentiable(scorer, jax.sharding.get_abstract_mesh(), images, numbers)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -427,4 +414,6 @@ def _call(scorer, mesh, kind, width, images, numbers):
 
 @_call.defjvp
 def _no_more_derivatives(scorer, mesh, kind, width, primals, tangents):
-  raise _one_derivative(scorer)
+  asked = f"method.name={scorer.method!r} asks" if scorer.method else "the method asks"
+  raise UserError(f"reward.names: {scorer.name}: PyTorch gives first derivatives, and {asked} for "
+                  "second ones; write the reward in JAX")

@@ -87,7 +87,8 @@ class Search:
         self._update = lower(method.update, 0, state, exp.frozen, experience, rewards,
                              key).compile()
       else:
-        self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
+        with callbacks.lowering(exp.config.method_name):
+          self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
     processes.barrier("compiled")
     self.update_bytes = needed_bytes(self._step or self._update)
     return (f"compiled in {time.monotonic() - begun:.0f} s, update needs "
