@@ -9,6 +9,7 @@ All of this is one per process, as the devices and the thread are; the processes
 same in the same order.
 """
 import contextlib
+import ctypes
 import dataclasses
 import os
 import queue
@@ -183,14 +184,26 @@ def in_thread(function: Callable, timeout: float):
   except BaseException as error:
     if isinstance(error, KeyboardInterrupt):
       _STATE.interrupted = True
-    with _STATE.lock:
-      if _STATE.jobs is jobs:                    # the next run gets another thread
-        _STATE.jobs = _STATE.thread = None
-    jobs.put(None)
+    _leave(jobs)
     raise
   if job.error is not None:
     raise job.error
   return job.result
+
+
+def _leave(jobs: queue.SimpleQueue) -> None:
+  """Lets go of the thread that works on these jobs; another one will be made where one is needed.
+
+  Python that it runs is ended, as the interpreter cannot shut down beside it; what it calls is not.
+  """
+  with _STATE.lock:
+    if _STATE.jobs is not jobs:
+      return
+    thread, _STATE.jobs, _STATE.thread = _STATE.thread, None, None
+  jobs.put(None)
+  ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident),
+                                             ctypes.py_object(SystemExit))
+  thread.join(TICK)
 
 
 def _work(jobs: queue.SimpleQueue) -> None:
