@@ -219,7 +219,7 @@ class Scorer:
       try:
         if not callbacks.ended():
           rows = np.asarray(images).reshape(-1, *images.shape[-3:])
-          prompts = [self._table[i] for i in np.asarray(numbers).reshape(-1)]
+          prompts = [self._table[i] if kind != FEATURES else "" for i in np.ravel(numbers)]
           out[:] = self.ask(rows, prompts, kind).reshape(out.shape)
       except (callbacks.Ended, KeyboardInterrupt):
         pass
