@@ -32,9 +32,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from jaxalign.config import source
 from jaxalign.devices import callbacks, processes, sharding
 from jaxalign.errors import UserError
-from jaxalign.rewards import HostReward, Reward, one_line
+from jaxalign.rewards import HostReward, Reward
 from jaxalign.rewards.trial import Trial, try_gradient, try_rows
 
 # Under `jax.checkpoint`, keep what has this name, or PyTorch is asked twice; see `saving`.
@@ -76,13 +77,13 @@ class Scorer:
 
   Attributes:
     name: `file.py:function`, for messages. rows: how many were scored so far, for tests.
-    method: `method.name`, for messages.
+    method: `method.name`, for messages. file: the user's.
   """
 
-  def __init__(self, name: str, settings: Settings, module, function: Callable,
-               line_in: Callable[[BaseException], str]):
+  def __init__(self, name: str, settings: Settings, module, function: Callable):
     self.name, self.settings, self.method, self.rows = name, settings, "", 0
-    self._module, self._function, self._line_in = module, function, line_in
+    self._module, self._function = module, function
+    self.file = pathlib.Path(module.__file__).resolve()
     self._prompts: dict[str, int] = {}
     self._table: list[str] = []
     self._meetings, self._lock = collections.Counter(), threading.Lock()
@@ -183,8 +184,7 @@ class Scorer:
     """What `load` returned, made once per device and dtype and shared by the file's functions."""
     import torch
     device, dtype = self.settings.device, self.settings.dtype
-    file = pathlib.Path(self._module.__file__).resolve()
-    key, made = (file, device, dtype), file.stat().st_mtime_ns
+    key, made = (self.file, device, dtype), self.file.stat().st_mtime_ns
     if key not in _NETWORKS or _NETWORKS[key][0] != made:
       with self._guarded("load"):
         network = self._module.load(torch.device(device))
@@ -234,7 +234,7 @@ class Scorer:
           count = self._meetings[part]
         callbacks.meet(f"reward{self._number}/{part}", count)
     except BaseException as error:             # also of ours: whatever it is, collectives must end
-      callbacks.record(str(self._fault(one_line(error))))
+      callbacks.record(str(self._fault(source.one_line(error))))
     if callbacks.ended():
       out[:] = np.nan
     return out
@@ -256,19 +256,18 @@ class _Guard:
   def __exit__(self, kind, error, _):
     if error is None or isinstance(error, (UserError, NoGradient)):
       return
-    scorer, text = self._scorer, one_line(error)
+    scorer, text = self._scorer, source.one_line(error)
     memory = isinstance(error, MemoryError) or "memory" in text.lower()
     hint = "; score fewer pictures at a time with #batch=" if memory else ""
-    raise scorer._fault(f"{self._function} raised{scorer._line_in(error)} {text}{hint}") from error
+    raise scorer._fault(f"{self._function} raised{source.line_in(error, scorer.file)} {text}"
+                        f"{hint}") from error
 
 
-def pytorch_reward(name: str, settings: Settings, module, function: Callable,
-                   line_in: Callable[[BaseException], str]) -> Reward:
+def pytorch_reward(name: str, settings: Settings, module, function: Callable) -> Reward:
   """A PyTorch function as a `Reward`, to be made ready by its `opened`.
 
   Args:
     name: `file.py:function`. module: the user's, with `load` and `features` where there are any.
-    line_in: exception -> " at line N" of the user's file, or "".
   Raises:
     UserError: torch or the device is missing, or `load`.
   """
@@ -286,7 +285,7 @@ def pytorch_reward(name: str, settings: Settings, module, function: Callable,
   if device.type not in ("cpu", "cuda"):
     raise UserError(f"reward.names: {name}: device={settings.device} is neither cpu nor cuda")
   callbacks.begin()
-  scorer = Scorer(name, settings, module, function, line_in)
+  scorer = Scorer(name, settings, module, function)
   score = lambda params, images, prepared: _score(scorer, images, prepared["prompt"])
   features = (lambda params, images: _features(scorer, images)) if scorer.features else None
   reward = Reward(name, {}, scorer.prepare, score, "set by the user's function", features=features)

@@ -52,8 +52,7 @@ def load_user_reward(spec: str) -> Reward | HostReward:
     if parameters not in (["pixels", "prompts"], ["pixels", "prompts", "network"]):
       raise UserError(f"reward.names: {spec} takes ({', '.join(parameters)}): {_FORMS}")
     from jaxalign.rewards import pytorch
-    return pytorch.pytorch_reward(spec, read_settings(full, settings, pytorch.Settings), module, f,
-                                  lambda error: _line_in(error, path))
+    return pytorch.pytorch_reward(spec, read_settings(full, settings, pytorch.Settings), module, f)
   read_settings(full, settings, Settings)
   if parameters == ["images", "prompts"]:
     return HostReward(spec, _guarded(f, spec, path), "set by the user's function")
