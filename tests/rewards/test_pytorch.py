@@ -1,5 +1,4 @@
-"""Rewards in PyTorch: scores and gradients as PyTorch has them, on any mesh, and every mistake said.
-"""
+"""PyTorch rewards: scores and gradients as PyTorch has them, on any mesh; every mistake is said."""
 import jax
 import jax.numpy as jnp
 import numpy as np
