@@ -1,7 +1,8 @@
 """A compiled program that holds a PyTorch reward which misbehaves: `faulty.py SCORER[#SETTINGS]`.
 
 For `test_pytorch_faults.py`, as a process of its own or as one of several. The last row of the
-batch is the one that a scorer can tell, so that one device of one process is hit.
+batch is the one that a scorer can tell, in the first step, so that one device of one process is
+hit.
 """
 import sys
 
@@ -29,7 +30,7 @@ def main():
       out_shardings=sharding.replicated(mesh))
   for step in range(3):
     print(f"step {step}", flush=True)
-    score, gradient = processes.fetch(program(np.float32(1), *batch))
+    score, gradient = processes.fetch(program(np.float32(1 if step == 0 else 0.5), *batch))
     callbacks.check()
     print(f"score {float(score):.4f} gradient {float(np.abs(gradient).sum()):.4f}", flush=True)
 
