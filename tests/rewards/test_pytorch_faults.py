@@ -11,9 +11,14 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 import runs
+from jaxalign.devices import callbacks
+from jaxalign.errors import UserError
+from jaxalign.train.report import log_step
+from jaxalign.train.search import means
 
 FAULTY = pathlib.Path(__file__).with_name("faulty.py")
 CODE = '''
@@ -149,3 +154,31 @@ def test_prompts_have_the_same_numbers_in_two_processes(tmp_path):
   assert [code for code, *_ in ended] == [0, 0], ended
   # 3 means of 0.5 and one of 1, and the lengths 1, 2, 3, 4.
   assert all(out.count("score 12.5000 gradient 4.0000") == 1 for _, out, _ in ended), ended
+
+
+def test_nothing_is_logged_after_a_fault():
+  """Also not where the numbers are sound, as those of a program that ran before are."""
+  class Workdir:
+    def log(self, *_):
+      raise AssertionError("logged")
+  callbacks.begin()
+  callbacks.record("what is to be said")
+  callbacks.record("what came of it")
+  values = {"train/reward": np.ones(1, np.float32)}
+  with pytest.raises(UserError, match="^what is to be said$"):
+    log_step(Workdir(), 4, None, 1, 0.0, ({"loss": np.float32(1)}, {}, []), dict)
+  with pytest.raises(UserError, match="^what is to be said$"):
+    means([values], 1, 1)
+  callbacks.begin()
+  assert means([values], 1, 1) == {"train/reward": 1.0, "train/reward_seconds": 0.0}
+
+
+def test_the_thread_that_hangs_is_left_behind():
+  callbacks.begin()
+  first = callbacks.in_thread(threading.get_ident, 10)
+  assert first == callbacks.in_thread(threading.get_ident, 10) != threading.get_ident()
+  with pytest.raises(TimeoutError):
+    callbacks.in_thread(lambda: time.sleep(30), 0.1)
+  assert callbacks.in_thread(threading.get_ident, 10) != first
+  with pytest.raises(ZeroDivisionError):
+    callbacks.in_thread(lambda: 1 / 0, 10)
