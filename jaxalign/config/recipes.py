@@ -120,8 +120,8 @@ def parse(config: ml_collections.ConfigDict | dict) -> Config:
   config = Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
                   method=build_group(registry.load_method(name).Config, "method", method), **groups)
   # Not of every `Config`: `jaxalign.evaluate` optimises nothing, and may report any reward.
-  judge = config.eval.judge
-  if judge in config.reward.names and not config.reads_pairs:
+  judge, plain = config.eval.judge, lambda name: name.partition("#")[0]     # without its settings
+  if plain(judge) in map(plain, config.reward.names) and not config.reads_pairs:
     raise UserError(f"reward.names has {judge!r}, the judge (eval.judge), which must never be "
                     "optimised: name another judge")
   return config
