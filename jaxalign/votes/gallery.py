@@ -108,7 +108,7 @@ def open_gallery(names: list[str], folders: list[pathlib.Path], output: pathlib.
     raise UserError(f"{folders[1]}: shares no prompt with {folders[0]}; draw both from one file")
   (output / "pictures").mkdir(parents=True, exist_ok=True)
   pictures, looks, index = [], [], {}
-  for model, (folder, of_model) in enumerate(zip(folders, rows)):
+  for model, of_model in enumerate(rows):
     for p, prompt in enumerate(prompts):
       for i, (file, seed) in enumerate(of_model[prompt]):
         digest, look = _take(file, output)

@@ -163,7 +163,7 @@ def _guarded(app, loopback: bool):
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     site = request.headers.get("sec-fetch-site", "none")
     opened = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
-    if loopback and not _is_loopback(urllib.parse.urlsplit(f"//{host}").hostname or ""):
+    if loopback and not is_loopback(urllib.parse.urlsplit(f"//{host}").hostname or ""):
       refusal = _refuse(403, "this server answers on localhost only")
     elif origin is not None and urllib.parse.urlsplit(origin).netloc != host:
       refusal = _refuse(403, "requests from other sites are refused")
@@ -188,7 +188,7 @@ def _refuse(status: int, text: str) -> Response:
   return PlainTextResponse(text + "\n", status)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
   try:
     return host == "localhost" or ipaddress.ip_address(host).is_loopback
   except ValueError:

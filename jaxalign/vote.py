@@ -1,0 +1,148 @@
+"""Command line: `python -m jaxalign.vote --checkpoint=DIR [--against=DIR] --output=DIR`.
+
+People choose between two pictures in a browser. `DIR` of the first two is a folder of
+`jaxalign.sample`, or a model (a run's folder, a checkpoint directory) whose pictures are drawn
+first, for `--prompts=FILE`. One model: pairs of its pictures, to train on. `--against`, once for
+each other model: which is preferred, blind. Without `--checkpoint`, counts what `--output` holds.
+Ctrl-C ends the vote; the same command goes on with it. Writes `votes.jsonl`, `pairs.parquet`, on
+which `--config.data.pairs=DIR` trains, and `verdict.json`.
+"""
+import json
+import pathlib
+import signal
+import socket
+import sys
+import threading
+
+from jaxalign.config.command import Flags, run_command
+from jaxalign.errors import UserError
+from jaxalign.storage.files import whole
+
+_FLAGS = Flags()
+_CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Model, or folder of its pictures.")
+_AGAINST = _FLAGS.define("multi_string", "against", [], "Another; once for each of several.")
+_PROMPTS = _FLAGS.define("string", "prompts", None, "As of jaxalign.sample, for models.")
+_OUTPUT = _FLAGS.define("string", "output", None, "Folder of the vote.")
+_N = _FLAGS.define("integer", "n", 2, "Pictures per prompt to draw.", lower_bound=1)
+_SEED = _FLAGS.define("integer", "seed", 0, "Of the pictures' noise and of what is asked.",
+                      lower_bound=0)
+_VOTES = _FLAGS.define("integer", "votes", 100, "Asked of each voter, at most.", lower_bound=1)
+_REPEATS = _FLAGS.define("float", "repeats", 0.1, "Share of them asked again, sides swapped.",
+                         lower_bound=0.0, upper_bound=0.5)
+_VOTERS = _FLAGS.define("list", "voters", ["me"], "Names, with commas; each gets a link.")
+_ALPHA = _FLAGS.define("float", "alpha", 0.05, "Error rate of the rule that ends a vote between "
+                       "two models early; 0 never ends it.", lower_bound=0.0, upper_bound=0.5)
+_HOST = _FLAGS.define("string", "host", "127.0.0.1", "Address to serve on; 0.0.0.0 for others.")
+_PORT = _FLAGS.define("integer", "port", 8765, "Port; 0 for any that is free.", lower_bound=0,
+                      upper_bound=65535)
+
+
+def report(result: dict) -> str:
+  """The verdict in a few lines."""
+  lines = [f"{result['votes']} votes by {result['voters']} voter(s) on {result['prompts']} prompts"]
+  if rate := result.get("win_rate"):
+    low, high = rate["interval"]
+    base, tuned = result["models"]
+    who = "voters like these" if rate["clusters"] != "prompts" else "these voters"
+    lines.append(f"{tuned} is preferred to {base} in {rate['rate']:.1%} of votes, 95 % interval "
+                 f"{low:.1%} to {high:.1%} ({who}, new prompts)")
+    if result["decided"]:
+      lines.append(f"decided at error rate {result['alpha']:g}")
+    elif more := result.get("votes_to_decide"):
+      lines.append(f"not decided; about {more} more votes would, if the rate stays")
+    elif result["alpha"]:
+      lines.append("not decided; no number of votes on these prompts would, if the rate stays")
+  if fit := result.get("bradley_terry"):
+    for name, s, sem in zip(result["models"], fit["strength"], fit["sem"]):
+      lines.append(f"strength {s:+.2f} ± {sem:.2f} log odds  {name}")
+  if shared := result.get("agreement"):
+    lines.append(f"two voters agree on {shared['same']:.0%} of {shared['pairs']} shared pairs"
+                 + (f" (alpha {shared['alpha']:.2f})" if "alpha" in shared else ""))
+  for voter, own in result.get("self_agreement", {}).items():
+    lines.append(f"{voter} agrees with themselves on {own['same']:.0%} of {own['repeats']} repeats")
+  return "\n".join(lines)
+
+
+def main(argv) -> None:
+  del argv
+  try:
+    import starlette  # noqa: F401
+    import uvicorn  # noqa: F401
+  except ImportError as error:
+    raise UserError(f"jaxalign.vote needs {error.name}: pip install 'jaxalign[vote]'") from error
+  from jaxalign.votes.ballot import Ballot
+  from jaxalign.votes.gallery import Gallery, open_gallery
+  from jaxalign.votes.store import Log, read_events
+  output = pathlib.Path(_OUTPUT.value)
+  if _CHECKPOINT.value is None and not (output / "ballot.json").is_file():
+    raise UserError(f"--checkpoint is required: {output} holds no vote to count")
+  try:
+    log = Log(output)
+    names = [_CHECKPOINT.value, *_AGAINST.value]
+    if _CHECKPOINT.value is None:
+      gallery = Gallery.load(output)
+    else:
+      folders = [_pictures(name, flag, output / "drawn" / str(k)) for k, (name, flag) in enumerate(
+          zip(names, ["checkpoint"] + ["against"] * len(names)))]
+      gallery = open_gallery(names, folders, output)
+    ballot = Ballot(gallery, log.append, read_events(output), votes=_VOTES.value,
+                    repeats=_REPEATS.value, seed=_SEED.value)
+    try:
+      if _CHECKPOINT.value is not None:
+        _serve(ballot, output)
+    finally:
+      _count(ballot, output)
+      log.close()
+  except OSError as error:
+    raise UserError(f"--output={output}: {error}") from error
+
+
+def _pictures(name: str, flag: str, drawn: pathlib.Path) -> pathlib.Path:
+  """The folder of `jaxalign.sample` that `name` is, or that is drawn from the model there."""
+  from jaxalign.votes.gallery import is_samples
+  if is_samples(pathlib.Path(name)):
+    return pathlib.Path(name)
+  if not _PROMPTS.value:
+    raise UserError(f"--{flag}={name}: no folder of jaxalign.sample; for a model, name --prompts")
+  from jaxalign.votes.drawing import draw
+  return draw(name, _PROMPTS.value, drawn, n=_N.value, seed=_SEED.value)
+
+
+def _serve(ballot, output: pathlib.Path) -> None:
+  """Until Ctrl-C or SIGTERM."""
+  from jaxalign.votes.server import is_loopback, make_app, open_links, serving
+  from jaxalign.votes.statistics import evidence, rate_between, table
+
+  def decided() -> bool:
+    return bool(len(ballot.gallery.models) == 2 and _ALPHA.value
+                and evidence(rate_between(table(ballot))) >= 1 / _ALPHA.value)
+  links = open_links(output, [name.strip() for name in _VOTERS.value if name.strip()])
+  loopback = is_loopback(_HOST.value)
+  app = make_app(ballot, output, links, decided, loopback)
+  stop = threading.Event()
+  before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    with serving(app, _HOST.value, _PORT.value) as port:
+      name = socket.gethostname() if _HOST.value in ("0.0.0.0", "::") else _HOST.value
+      host = f"[{name}]" if ":" in name else name
+      for voter, secret in links.items():
+        print(f"{voter}: http://{host}:{port}/v/{secret}/")
+      print(f"{ballot.total} pairs for each voter; Ctrl-C ends the vote and counts it", flush=True)
+      stop.wait()
+  finally:
+    for s, handler in before.items():
+      signal.signal(s, handler)
+
+
+def _count(ballot, output: pathlib.Path) -> None:
+  from jaxalign.votes.pairs import write_pairs
+  from jaxalign.votes.statistics import verdict
+  rows, result = write_pairs(ballot, output), verdict(ballot, _ALPHA.value)
+  with whole(output / "verdict.json") as file:
+    file.write_text(json.dumps(result, indent=2) + "\n")
+  print(report(result))
+  print(f"{rows} pairs in {output / 'pairs.parquet'}, verdict in {output / 'verdict.json'}")
+
+
+if __name__ == "__main__":
+  sys.exit(run_command(main, _FLAGS, required=("output",)))
