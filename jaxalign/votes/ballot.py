@@ -74,7 +74,7 @@ class Ballot:
   def answers(self) -> list[Ask]:
     """All answered asks, those of each voter in the order of the answers."""
     with self._lock:
-      return [ask for asks in self._answered.values() for ask in asks]
+      return [dataclasses.replace(ask) for asks in self._answered.values() for ask in asks]
 
   def next(self, voter: str) -> Ask | None:
     """What this voter is asked now, the same until it is answered; None after the last."""
