@@ -42,7 +42,7 @@ def report(result: dict) -> str:
   lines = [f"{result['votes']} votes by {result['voters']} voter(s) on {result['prompts']} prompts"]
   if rate := result.get("win_rate"):
     low, high = rate["interval"]
-    base, tuned = result["models"]
+    tuned, base = result["models"]
     who = "voters like these" if rate["clusters"] != "prompts" else "these voters"
     lines.append(f"{tuned} is preferred to {base} in {rate['rate']:.1%} of votes, 95 % interval "
                  f"{low:.1%} to {high:.1%} ({who}, new prompts)")

@@ -1,6 +1,6 @@
 """The page and its server: Starlette under uvicorn, one link with a secret for each voter.
 
-Nothing is served by path: the page's three files are in memory, pictures go by digest, and the
+Nothing is served by path: the page's files are in memory, pictures go by digest, and the
 secret of the link names the voter. Requests of other origins and, on a loopback address, of other
 host names are refused; bodies are limited.
 """
@@ -31,7 +31,8 @@ from jaxalign.votes.gallery import picture_file
 PAGE = pathlib.Path(__file__).resolve().parent / "page"
 MAX_BODY = 2048            # bytes; a vote has about 70
 _BODY_SECONDS = 10.0
-_TYPES = {"vote.html": "text/html", "vote.css": "text/css", "vote.js": "text/javascript"}
+_TYPES = {"vote.html": "text/html", "vote.css": "text/css", "vote.js": "text/javascript",
+          "vote.svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; "
                                "script-src 'self'; connect-src 'self'; base-uri 'none'; "

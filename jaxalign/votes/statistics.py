@@ -236,8 +236,8 @@ def self_agreement(ballot: Ballot) -> dict[str, dict]:
 
 
 def rate_between(votes: dict[str, np.ndarray]) -> dict | None:
-  """`win_rate` of the second model against the first."""
-  return win_rate(1 - votes["outcome"], votes["weight"], votes["prompt"], votes["voter"])
+  """`win_rate` of the first model against the second."""
+  return win_rate(votes["outcome"], votes["weight"], votes["prompt"], votes["voter"])
 
 
 def verdict(ballot: Ballot, alpha: float) -> dict:
