@@ -1,4 +1,5 @@
 """Pictures of a model for a vote: drawn by `jaxalign.sample`, once."""
+import hashlib
 import json
 import pathlib
 import subprocess
@@ -17,8 +18,10 @@ def draw(checkpoint: str, prompts: str, folder: pathlib.Path, *, n: int, seed: i
   Raises:
     UserError: sampling failed; says why.
   """
-  wanted = {"checkpoint": str(pathlib.Path(checkpoint).resolve()), "prompts": prompts, "n": n,
-            "seed": seed}
+  file = pathlib.Path(prompts)
+  text = file.read_bytes() if len(prompts) < 255 and file.is_file() else prompts.encode()
+  wanted = {"checkpoint": str(pathlib.Path(checkpoint).resolve()),
+            "prompts": hashlib.sha256(text).hexdigest(), "n": n, "seed": seed}
   note = folder / "drawn.json"
   if is_samples(folder) and note.exists() and json.loads(note.read_text()) == wanted:
     return folder

@@ -11,9 +11,9 @@ import sys
 
 import httpx
 import pytest
-import runs
 from vote_folders import write_samples
 
+import runs
 from jaxalign.data.pairs import open_pairs
 from jaxalign.votes.server import MAX_BODY, open_links
 from jaxalign.votes.store import read_events
@@ -240,6 +240,28 @@ def test_killed_between_votes_and_started_again(tmp_path, command):
   process = command()                                  # counts, and serves nothing
   out, err = process.communicate(timeout=30)
   assert process.returncode == 0 and "12 votes" in out, err
+
+
+def test_pictures_of_models_are_drawn_once(tmp_path, command):
+  from jaxalign.testing.fixture import make_pipeline_dir
+  model = make_pipeline_dir(tmp_path / "model")
+  (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+  args = (f"--checkpoint={model}", f"--prompts={tmp_path / 'prompts.txt'}", "--n=3", "--port=0")
+  drawn = []
+  for _ in range(2):
+    process = command(*args)
+    state = httpx.get(url_of(process) + "ask").json()
+    assert state["total"] == 7 and state["prompt"] in ("a cat", "a dog")      # 6 and a repeat
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "0 pairs" in out, err
+    files = sorted((tmp_path / "votes" / "drawn" / "0").glob("*.png"))
+    drawn.append([file.stat().st_mtime_ns for file in files])
+  assert len(drawn[0]) == 7 and drawn[0] == drawn[1]                          # and the grid
+  (tmp_path / "prompts.txt").write_text("")
+  process = command(f"--checkpoint={tmp_path / 'none'}", *args[1:])
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 2 and "could not be drawn" in err and "Traceback" not in err
 
 
 def test_errors_are_one_line(tmp_path, command):
