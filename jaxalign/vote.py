@@ -116,7 +116,10 @@ def _serve(ballot, output: pathlib.Path) -> None:
   def decided() -> bool:
     return bool(len(ballot.gallery.models) == 2 and _ALPHA.value
                 and evidence(rate_between(table(ballot))) >= 1 / _ALPHA.value)
-  links = open_links(output, [name.strip() for name in _VOTERS.value if name.strip()])
+  voters = [name.strip() for name in _VOTERS.value if name.strip()]
+  if not voters:
+    raise UserError("--voters is empty: name at least one")
+  links = open_links(output, voters)
   loopback = is_loopback(_HOST.value)
   app = make_app(ballot, output, links, decided, loopback)
   stop = threading.Event()

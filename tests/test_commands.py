@@ -109,7 +109,7 @@ def test_dry_run(command, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["launch", "sample", "evaluate", "export"])
+@pytest.mark.parametrize("name", ["launch", "sample", "evaluate", "export", "vote"])
 def test_help(command, name):
   status, out, err = command(name, "--help")
   assert status == 0 and not err

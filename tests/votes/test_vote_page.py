@@ -133,7 +133,8 @@ def test_a_screen_reader_hears_what_matters(opened):
   driver, _ = opened
   nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
   named = {(n["role"]["value"], n.get("name", {}).get("value")) for n in nodes if "role" in n}
-  for role, name in (("button", "Prefer the first picture"), ("button", "Prefer the second picture"),
+  for role, name in (("button", "Prefer the first picture"),
+                     ("button", "Prefer the second picture"),
                      ("button", "Enlarge the first picture"), ("progressbar", "Votes given"),
                      ("heading", driver.find_element(By.ID, "prompt").text)):
     assert (role, name) in named
@@ -168,7 +169,8 @@ def test_everything_is_in_view(opened, width, height):
     driver.execute_script("document.getElementById('prompt').textContent = 'a red fox in snow'")
     box = lambda name: driver.find_element(By.ID, name).rect
     left, right = box("left"), box("right")
-    assert (left["width"], left["height"]) == pytest.approx((right["width"], right["height"]), abs=2)
+    for side in ("width", "height"):
+      assert left[side] == pytest.approx(right[side], abs=2)
     assert min(left["width"], left["height"]) > 0.4 * min(width, height)
     for name in ("left", "right", "undo", "equal", "both_bad", "prompt"):
       r = box(name)
