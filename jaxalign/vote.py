@@ -7,6 +7,7 @@ each other model: which is preferred, blind. Without `--checkpoint`, counts what
 Ctrl-C ends the vote; the same command goes on with it. Writes `votes.jsonl`, `pairs.parquet`, on
 which `--config.data.pairs=DIR` trains, and `verdict.json`.
 """
+import contextlib
 import json
 import pathlib
 import signal
@@ -77,22 +78,22 @@ def main(argv) -> None:
   if _CHECKPOINT.value is None and not (output / "ballot.json").is_file():
     raise UserError(f"--checkpoint is required: {output} holds no vote to count")
   try:
-    log = Log(output)
-    names = [_CHECKPOINT.value, *_AGAINST.value]
-    if _CHECKPOINT.value is None:
-      gallery = Gallery.load(output)
-    else:
-      folders = [_pictures(name, flag, output / "drawn" / str(k)) for k, (name, flag) in enumerate(
-          zip(names, ["checkpoint"] + ["against"] * len(names)))]
-      gallery = open_gallery(names, folders, output)
-    ballot = Ballot(gallery, log.append, read_events(output), votes=_VOTES.value,
-                    repeats=_REPEATS.value, seed=_SEED.value)
-    try:
-      if _CHECKPOINT.value is not None:
-        _serve(ballot, output)
-    finally:
-      _count(ballot, output)
-      log.close()
+    with contextlib.closing(Log(output)) as log:
+      if _CHECKPOINT.value is None:
+        gallery = Gallery.load(output)
+      else:
+        names = [_CHECKPOINT.value, *_AGAINST.value]
+        flags = ["checkpoint"] + ["against"] * len(_AGAINST.value)
+        folders = [_pictures(name, flag, output / "drawn" / str(k))
+                   for k, (name, flag) in enumerate(zip(names, flags))]
+        gallery = open_gallery(names, folders, output)
+      ballot = Ballot(gallery, log.append, read_events(output), votes=_VOTES.value,
+                      repeats=_REPEATS.value, seed=_SEED.value)
+      try:
+        if _CHECKPOINT.value is not None:
+          _serve(ballot, output)
+      finally:
+        _count(ballot, output)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
 
