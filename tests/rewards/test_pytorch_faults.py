@@ -123,9 +123,10 @@ def test_ctrl_c_ends_a_call_that_never_does(tmp_path, scorer):
   time.sleep(2)                                             # compiled, and waiting
   begun = time.monotonic()
   process.send_signal(signal.SIGINT)
-  _, err = process.communicate(timeout=60)
-  assert process.returncode == 130, err
-  assert time.monotonic() - begun < 2 and "the same command continues" in err
+  said = next(line for line in process.stderr if "the same command continues" in line)
+  assert time.monotonic() - begun < 2, said       # the run; the interpreter takes its time after it
+  process.communicate(timeout=60)
+  assert process.returncode == 130
 
 
 @pytest.mark.slow
