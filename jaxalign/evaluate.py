@@ -16,7 +16,7 @@ import numpy as np
 from jaxalign.config import recipes, schema
 from jaxalign.config.command import Flags, run_command
 from jaxalign.data.prompts import read_prompts
-from jaxalign.devices import rng, sharding
+from jaxalign.devices import callbacks, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.storage.files import whole
@@ -50,6 +50,7 @@ _DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
 
 def main(argv) -> None:
   del argv
+  callbacks.be_patient()                         # a reward may be PyTorch
   sharding.use_cores()
   checkpoint, output = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
   prompts = read_prompts("--prompts", _PROMPTS.value)
@@ -113,6 +114,7 @@ def _with_flags(cfg: schema.Config) -> schema.Config:
     reward = schema.RewardConfig(tuple(_REWARD.value), (1.0,) * len(_REWARD.value))
   return dataclasses.replace(
       cfg, seed=_SEED.value, reward=reward,
+      data=dataclasses.replace(cfg.data, eval_prompts=_PROMPTS.value),
       model=dataclasses.replace(cfg.model, **given(dtype=_DTYPE)),
       sample=dataclasses.replace(
           cfg.sample, **given(steps=_STEPS, guidance=_GUIDANCE, eta=_ETA)),

@@ -85,7 +85,7 @@ def make_sd35(config: ml_collections.ConfigDict) -> None:
   config.optim.lr, config.optim.b2, config.optim.weight_decay = 3e-4, 0.999, 1e-4
   config.optim.clip_norm, config.optim.warmup, config.optim.decay_steps = 1.0, 0, 0
   config.train.patience = 0                 # the judge knows emoji only
-  config.eval.batch = 8
+  config.eval.batch = 16
 
 
 def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
@@ -120,8 +120,8 @@ def parse(config: ml_collections.ConfigDict | dict) -> Config:
   config = Config(recipe=tree["recipe"], method_name=name, seed=tree["seed"],
                   method=build_group(registry.load_method(name).Config, "method", method), **groups)
   # Not of every `Config`: `jaxalign.evaluate` optimises nothing, and may report any reward.
-  judge = config.eval.judge
-  if judge in config.reward.names and not config.reads_pairs:
+  judge, plain = config.eval.judge, lambda name: name.partition("#")[0]     # without its settings
+  if plain(judge) in map(plain, config.reward.names) and not config.reads_pairs:
     raise UserError(f"reward.names has {judge!r}, the judge (eval.judge), which must never be "
                     "optimised: name another judge")
   return config

@@ -16,6 +16,7 @@ NEEDS = {
     "reward_gradients": False,        # the reward must be differentiable
     "without_gradients": "",          # ... and what a user may do if it is not
     "noise_at_every_step": False,     # no transition of the sampler may be deterministic
+    "strength": "",                   # key whose 0 keeps the policy at the reference
     "group": 1,                       # trajectories of each prompt in a batch, side by side
     "minibatches": 1,                 # optimiser steps that share a batch
 }

@@ -102,6 +102,7 @@ class Config:
 
   reward_gradients = True
   noise_at_every_step = True
+  strength = "beta"
 
   def __post_init__(self):
     check("method", self)

@@ -40,10 +40,13 @@ class Dense(nn.Module):
     x = x.astype(self.dtype)
     kernel = self.param("kernel", nn.initializers.lecun_normal(),
                         (x.shape[-1], self.features), jnp.float32)
-    y = x @ kernel.astype(self.dtype)
+    # A product of two matrices: CPUs take the kernel's gradient a third faster than of more axes.
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ kernel.astype(self.dtype)
     if factors := _lora_factors(self, self.dtype):
       a, b = factors
-      y = y + (x @ a) @ b
+      y = y + (rows @ a) @ b
+    y = y.reshape(*x.shape[:-1], self.features)
     return _add_bias(self, y) if self.use_bias else y
 
 

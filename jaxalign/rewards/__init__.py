@@ -1,8 +1,9 @@
 """Rewards: what the images are scored by.
 
 Two kinds behind one seam. A `Reward` is a pure JAX function: it runs on the device beside the
-model and gives gradients. A `HostReward` is a black box on uint8 images, for whose scores a
-training step waits; in optimisation at inference the device draws the next batch meanwhile.
+model and gives gradients; a PyTorch function is made one by a callback. A `HostReward` is a black
+box on uint8 images, for whose scores a training step waits; in optimisation at inference the device
+draws the next batch meanwhile.
 `make_reward` builds either from the config: built-in names, the user's own
 `path/to/file.py:function`, or a weighted sum of them.
 
@@ -11,6 +12,7 @@ a function without arguments that returns a `Reward` or a `HostReward`.
 """
 import dataclasses
 import math
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 
 from jaxalign.config import registry
 from jaxalign.config.source import one_line
+from jaxalign.devices import callbacks, sharding
 from jaxalign.errors import UserError
 
 
@@ -39,6 +42,8 @@ class Reward:
     parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
     features: `(params, images [B,H,W,3] in [0,1]) -> [B, D]`, what the reward sees in an image, for
       diversity and Frechet distance; pure. None where it has no such thing: it cannot be a judge.
+    opened: `(trial.Trial) -> Reward | HostReward`, what it is once it was tried out; None where
+      that is known without.
   """
   name: str
   params: Any
@@ -48,6 +53,7 @@ class Reward:
   differentiable: bool = True
   parts: tuple[tuple[str, float, "Reward"], ...] = ()
   features: Callable[[Any, jax.Array], jax.Array] | None = None
+  opened: Callable[[Any], Any] | None = None
 
   @property
   def weights(self) -> dict[str, float]:
@@ -72,11 +78,13 @@ class HostReward:
     score: `(images [B,H,W,3] uint8, list[str] of B prompts) -> [B]` np.float32.
     range: values that `score` can take and their unit, in words.
     parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
+    opened: as that of a `Reward`.
   """
   name: str
   score: Callable[[np.ndarray, list[str]], np.ndarray]
   range: str = ""
   parts: tuple[tuple[str, float, "HostReward"], ...] = ()
+  opened: Callable[[Any], Any] | None = None
 
   @property
   def weights(self) -> dict[str, float]:
@@ -142,8 +150,39 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
   if not all(map(math.isfinite, weights)):
     raise UserError(f"reward.weights must be finite numbers, not {weights}")
 
-  rewards = [find(name) for name in names]
-  names = _without_where(names)
+  return _summed(_short(names), weights, [find(name) for name in names])
+
+
+def open_reward(reward: Reward | HostReward, trial: Callable, mesh=None) -> Reward | HostReward:
+  """What `make_reward` made, ready for a run: parts that must be tried out first have been.
+
+  Args:
+    trial: `() -> rewards.trial.Trial`, asked where a part needs one.
+    mesh: that of the programs which will hold the reward, if any will.
+  Raises:
+    UserError: a part does not pass, in any process of the run.
+  """
+  names, weights, parts = zip(*reward.parts)
+  if any(part.opened for part in parts):
+    try:
+      asked = trial()
+      parts = [part.opened(asked) if part.opened else part for part in parts]
+    except UserError as error:
+      callbacks.record(str(error))
+    callbacks.check()
+    reward = _summed(names, weights, parts)
+  return reward if mesh is None or isinstance(reward, HostReward) else _on_mesh(reward, mesh)
+
+
+def _on_mesh(reward: Reward, mesh) -> Reward:
+  """The reward with its functions traced with `mesh` in force, for callbacks split over it."""
+  traced = lambda f: f and sharding.on_mesh(f, mesh)
+  return dataclasses.replace(
+      reward, score=traced(reward.score), features=traced(reward.features),
+      parts=tuple((name, weight, _on_mesh(part, mesh)) for name, weight, part in reward.parts))
+
+
+def _summed(names, weights, rewards) -> Reward | HostReward:
   label = " + ".join(n if w == 1 else f"{w:g}*{n}" for n, w in zip(names, weights))
   span = " + ".join(f"{w:g} x ({n}: {r.range})" for n, w, r in zip(names, weights, rewards))
   by_name = dict(zip(names, weights))
@@ -201,9 +240,19 @@ def check_scores(reward_name: str, scores, prompts) -> np.ndarray:
   return array
 
 
-def _without_where(names: tuple[str, ...]) -> tuple[str, ...]:
-  """`NAME` for each `NAME:WHERE`, except where two would be called the same."""
-  short = [n.partition(":")[0] if n.partition(":")[0] in PRETRAINED else n for n in names]
+def _short(names: tuple[str, ...]) -> tuple[str, ...]:
+  """What logs call them: `NAME` of `NAME:WHERE`, and a user's function without what follows `#`.
+
+  `name=` there says it. Where two would be called the same, names stay as they are.
+  """
+  def short(name):
+    if name.startswith(("http://", "https://")):
+      return name
+    if ".py:" in name:
+      spec, _, settings = name.partition("#")
+      return dict(urllib.parse.parse_qsl(settings)).get("name", spec)
+    return name.partition(":")[0] if name.partition(":")[0] in PRETRAINED else name
+  short = [short(name) for name in names]
   return tuple(s if short.count(s) == 1 else n for s, n in zip(short, names))
 
 
@@ -276,6 +325,7 @@ def _on_host(name, reward):
   """A `Reward` as a black box, to be summed with other black boxes."""
   if isinstance(reward, HostReward):
     return reward
+  opened = reward.opened and (lambda trial: _on_host(name, reward.opened(trial)))
   jitted = jax.jit(lambda params, images, prepared: _checked_trace(
     name, images, reward.score(params, images, prepared)))
 
@@ -296,4 +346,4 @@ def _on_host(name, reward):
     pixels = images.astype(np.float32) / 255
     return np.asarray(jitted(reward.params, pixels, prepare(prompts)))
 
-  return HostReward(name, score, reward.range)
+  return HostReward(name, score, reward.range, opened=opened)

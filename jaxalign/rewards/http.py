@@ -9,9 +9,9 @@ and is answered by `{"scores": [number, ...]}`, one for each image. Settings fol
 (60), `retries` after a failure (4), with growing pauses in between.
 """
 import base64
+import dataclasses
 import io
 import json
-import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,9 +23,22 @@ from urllib3.util.retry import Retry
 from jaxalign.config.source import one_line
 from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward
+from jaxalign.rewards.settings import read_settings
 
 PARALLEL = 4                     # requests under way at a time
-SETTINGS = {"batch": 16, "timeout": 60, "retries": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What follows `#`; see above."""
+  batch: int = 16
+  timeout: float = 60.0
+  retries: int = 4
+
+  def __post_init__(self):
+    for key, value in vars(self).items():
+      if value < 0 or (value == 0 and key != "retries"):
+        raise UserError(f"{key}={value} is too small")
 
 
 def http_reward(name: str) -> HostReward:
@@ -36,9 +49,9 @@ def http_reward(name: str) -> HostReward:
       too slow, refuses, or answers with something else than scores. Names the URL.
   """
   url, _, fragment = name.partition("#")
-  settings = SETTINGS | read_settings(name, fragment)
+  settings = read_settings(name, fragment, Settings)
   # Only where no answer came or the server asks for patience: a refusal would be the same again.
-  retry = Retry(total=settings["retries"], backoff_factor=0.2, allowed_methods=None,
+  retry = Retry(total=settings.retries, backoff_factor=0.2, allowed_methods=None,
                 status_forcelist=(429, 502, 503, 504), raise_on_status=False)
   session = requests.Session()
   for scheme in ("http://", "https://"):
@@ -50,7 +63,7 @@ def http_reward(name: str) -> HostReward:
   def ask(images, prompts):
     content = {"images": [encode(image) for image in images], "prompts": prompts}
     try:
-      answer = session.post(url, json=content, timeout=settings["timeout"])
+      answer = session.post(url, json=content, timeout=settings.timeout)
       answer.raise_for_status()
       scores = json.loads(answer.content)["scores"]     # whose NaN is reported as such later on
     except requests.RequestException as error:
@@ -64,29 +77,13 @@ def http_reward(name: str) -> HostReward:
     return scores
 
   def score(images, prompts):
-    size = settings["batch"]
+    size = settings.batch
     parts = [slice(i, i + size) for i in range(0, len(prompts), size)]
     with ThreadPoolExecutor(PARALLEL) as pool:
       answers = pool.map(lambda part: ask(images[part], prompts[part]), parts)
       return np.asarray([value for answer in answers for value in answer])
 
   return HostReward(name, score, "the server's")
-
-
-def read_settings(name: str, fragment: str) -> dict[str, float]:
-  """`batch=8&timeout=5` as numbers above 0 (`retries` may be 0)."""
-  settings = {}
-  for key, value in urllib.parse.parse_qsl(fragment, keep_blank_values=True):
-    if key not in SETTINGS:
-      raise UserError(f"reward.names: '{name}': {key} is no setting; there are "
-                      f"{', '.join(SETTINGS)}")
-    try:
-      settings[key] = float(value) if key == "timeout" else int(value)
-    except ValueError as error:
-      raise UserError(f"reward.names: '{name}': {key}={value} is not a number") from error
-    if settings[key] < 0 or (settings[key] == 0 and key != "retries"):
-      raise UserError(f"reward.names: '{name}': {key}={value} is too small")
-  return settings
 
 
 def encode(image: np.ndarray) -> str:

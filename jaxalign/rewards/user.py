@@ -1,14 +1,16 @@
 """The user's own reward: a function in a Python file, named in the config as `file.py:function`.
 
-The parameter names say which of the two kinds it is:
+The parameter names say which of the three kinds it is:
 
   def my_score(images, prompts):   # black box: uint8 numpy [B,H,W,3] and B prompts -> [B] numbers
   def my_score(images, prepared):  # JAX: f32 [B,H,W,3] in [0,1] -> [B], compiled, differentiated
+  def my_score(pixels, prompts):   # PyTorch: f32 [B,3,H,W] in [0,1] -> [B], differentiated there
 
 A JAX reward that needs the prompt reads it from `prepared`, which the file's own optional
 `prepare(prompts)` makes on the host: a dict of numpy arrays, first axis the prompts.
 The file is run as it stands: it is trusted code, named explicitly by the user.
 """
+import dataclasses
 import inspect
 import pathlib
 
@@ -17,24 +19,41 @@ import jax
 from jaxalign.config import source
 from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward, Reward
+from jaxalign.rewards.settings import read_settings
 
-_FORMS = ("write it as `def f(images, prompts)` for a black box on uint8 images or "
-          "`def f(images, prepared)` for a differentiable JAX reward on images in [0, 1]")
+_FORMS = ("write it as `def f(images, prompts)` for a black box on uint8 images, "
+          "`def f(images, prepared)` for a differentiable JAX reward on images in [0, 1], or "
+          "`def f(pixels, prompts)` or `def f(pixels, prompts, network)` for one in PyTorch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What may follow `#` where a function is not PyTorch's."""
+  name: str = ""
 
 
 def load_user_reward(spec: str) -> Reward | HostReward:
   """The reward that `path/to/file.py:function` names; a relative path is from the working folder.
 
+  Settings may follow a `#`: of PyTorch those of `pytorch.Settings`, of others `name` alone.
+
   Raises:
-    UserError: missing file or function, a file that fails to run, or neither of the two forms. Also
+    UserError: missing file or function, a file that fails to run, or none of the three forms. Also
       raised later by the reward itself when the user's function raises.
   """
+  full, (spec, _, settings) = spec, spec.partition("#")
   path, _, function = spec.rpartition(":")
   module = _run_file(pathlib.Path(path))
   f = getattr(module, function, None)
   if not inspect.isroutine(f):
     raise UserError(f"reward.names: {path} has no function '{function}'")
   parameters = list(inspect.signature(f).parameters)
+  if parameters[:1] == ["pixels"]:
+    if parameters not in (["pixels", "prompts"], ["pixels", "prompts", "network"]):
+      raise UserError(f"reward.names: {spec} takes ({', '.join(parameters)}): {_FORMS}")
+    from jaxalign.rewards import pytorch
+    return pytorch.pytorch_reward(spec, read_settings(full, settings, pytorch.Settings), module, f)
+  read_settings(full, settings, Settings)
   if parameters == ["images", "prompts"]:
     return HostReward(spec, _guarded(f, spec, path), "set by the user's function")
   if parameters == ["images", "prepared"]:

@@ -5,7 +5,7 @@ import jax
 
 from jaxalign.config.recipes import load_recipe, parse
 from jaxalign.config.schema import Config
-from jaxalign.devices import processes, sharding
+from jaxalign.devices import callbacks, processes, sharding
 from jaxalign.errors import UserError
 
 
@@ -19,6 +19,8 @@ def start_devices(cfg: Config, devices=None) -> None:
   Raises:
     UserError: see `processes.start`.
   """
+  if any(".py:" in name for name in cfg.reward.names + (cfg.eval.judge,)):
+    callbacks.be_patient()                       # it may be PyTorch
   processes.start()
   if (devices is None and not processes.several() and cfg.mesh.data == -1
       and cfg.mesh.fsdp == cfg.mesh.tensor == 1):

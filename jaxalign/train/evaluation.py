@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import metrics
-from jaxalign.devices import processes, rng
+from jaxalign.devices import callbacks, processes, rng
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward, check_scores, find, weighted_sum
 from jaxalign.train.experiment import Experiment, gather
@@ -113,6 +113,7 @@ class Evaluator:
         if path_kl and np.all(exp.models.sampler.std > 0):
           part["path_kl"] = self._path_kl(exp.frozen, trajectory, batch["conditioning"])
         parts.append(processes.fetch(part))
+        callbacks.check()
         bar.update(min(size, total - i))
     shape = lambda a: a[:total].reshape((len(prompts), samples) + a.shape[1:])
     out = jax.tree.map(lambda *a: shape(np.concatenate(a)), *parts)

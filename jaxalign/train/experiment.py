@@ -10,11 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.config.schema import Config
+from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods import Models
 from jaxalign.models.pipeline import Pipeline
-from jaxalign.rewards import HostReward, Reward, make_reward
+from jaxalign.rewards import HostReward, Reward, make_reward, open_reward
+from jaxalign.rewards.trial import Trial
 from jaxalign.sampling import ONE_STEP_KEY, Conditioning, Schedule
 from jaxalign.train.opening import open_pipeline
 from jaxalign.train.policy import make_models, starting_adapter
@@ -87,14 +89,19 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   mesh = sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor, devices)
   cfg.check_devices(sharding.batch_shards(mesh))
   reward = make_reward(cfg.reward.names, cfg.reward.weights)
-  judge = make_reward((cfg.eval.judge,), (1.0,)).parts[0][2]
-  if getattr(judge, "features", None) is None:
+  judge = make_reward((cfg.eval.judge,), (1.0,))
+  if getattr(judge.parts[0][2], "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs; "
                     "emoji_judge does, and clip_score:DIR and its kin (docs/rewards.md)")
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
   outline = pipeline.is_outline
+  trial = lambda gradient: Trial(
+      pipeline.image_size, read_prompts("data.eval_prompts", cfg.data.eval_prompts),
+      cfg.method_name, gradient, outline)
+  reward = open_reward(reward, lambda: trial(gradient=True), mesh)
+  judge = open_reward(judge, lambda: trial(gradient=False), mesh).parts[0][2]
   put = placed_shapes if outline else processes.put
   # Before the config has its say: what the checkpoint itself is.
   one_step = Schedule.from_config(pipeline.scheduler_config).one_step is not None

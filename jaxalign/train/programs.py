@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from jaxalign import methods
-from jaxalign.devices import processes, rng, sharding
+from jaxalign.devices import callbacks, processes, rng, sharding
 from jaxalign.rewards import HostReward, weighted_sum
 from jaxalign.train.experiment import Experiment, gather, placed_shapes
 from jaxalign.train.pairs import PairTable
@@ -59,7 +59,8 @@ class Programs:
       programs, self.read_base = [], False
       for traced in self.traced(state).values():
         self.read_base |= reads(traced, 1, "base", "params")
-        programs.append(traced.lower().compile())
+        with callbacks.lowering(self._exp.config.method_name):
+          programs.append(traced.lower().compile())
         bar.update()
     self._collect, self._update = programs
     processes.barrier("compiled")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from jaxalign import metrics, viz
 from jaxalign.config.schema import Config
-from jaxalign.devices import processes
+from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
 from jaxalign.rewards import check_scores
 from jaxalign.storage.files import whole
@@ -29,7 +29,10 @@ def log_step(workdir, size, bar, step, seconds, outcome, look) -> None:
   """
   values, terms, prompts = outcome
   values = {name: float(v) for name, v in jax.device_get(values).items()}
-  terms = {name: check_scores(name, v, prompts) for name, v in jax.device_get(terms).items()}
+  terms = jax.device_get(terms)
+  callbacks.check()
+  values.update(callbacks.seconds())
+  terms = {name: check_scores(name, v, prompts) for name, v in terms.items()}
   for name, scores in terms.items():
     values["train/reward" if len(terms) == 1 else f"train/reward/{name}"] = float(scores.mean())
   bad = [name for name, value in values.items() if not np.isfinite(value)]

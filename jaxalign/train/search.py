@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxalign import methods
-from jaxalign.devices import processes, rng, sharding
+from jaxalign.devices import callbacks, processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods.shared.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
@@ -87,7 +87,8 @@ class Search:
         self._update = lower(method.update, 0, state, exp.frozen, experience, rewards,
                              key).compile()
       else:
-        self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
+        with callbacks.lowering(exp.config.method_name):
+          self._step = lower(step, 0, state, exp.frozen, batch, key, key).compile()
     processes.barrier("compiled")
     self.update_bytes = needed_bytes(self._step or self._update)
     return (f"compiled in {time.monotonic() - begun:.0f} s, update needs "
@@ -141,10 +142,12 @@ def means(metrics: list[dict], total: int, step: int) -> dict[str, float]:
     UserError: no image has a finite reward.
   """
   metrics = processes.fetch(metrics)
+  callbacks.check()
   rows = {name: np.concatenate([part[name] for part in metrics])[:total]
           for name in metrics[0]}
   finite = {name: value[np.isfinite(value)] for name, value in rows.items()}
   if not finite["train/reward"].size:
     raise UserError(f"step {step}: the reward of every image is not a finite number; lower "
                     "optim.lr in another --workdir")
-  return {name: float(value.mean()) for name, value in finite.items() if value.size}
+  return {**{name: float(value.mean()) for name, value in finite.items() if value.size},
+          **callbacks.seconds()}

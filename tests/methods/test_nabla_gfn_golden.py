@@ -206,8 +206,9 @@ def test_linear_on_a_flow_with_flow_net_is_exact():
 
 
 def test_quadratic_on_a_flow_reaches_the_best_gaussian_policy():
-  cfg = config(gamma="one", x0_net="ref", flow=True, reverse="lean", flow_lr=1e4)
-  (mean, var, _), _ = train(QUADRATIC, cfg, descent(10.0, 1200), 1200, 64, path="flow")
+  """Values travel more slowly than on the SD schedule: most of the chain's noise comes early."""
+  cfg = config(gamma="one", x0_net="ref", flow=True, reverse="lean", flow_lr=1.5e4)
+  (mean, var, _), _ = train(QUADRATIC, cfg, descent(15.0, 3000), 3000, 32, path="flow")
   assert (mean, var) == pytest.approx(quadratic_optimum(path="flow"), abs=3e-3)
 
 

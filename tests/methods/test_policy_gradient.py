@@ -534,6 +534,42 @@ def test_update_in_numpy(preset, weights, parts):
   assert float(metrics["train/kept"]) == pytest.approx(count / 32)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_extra_term_is_part_of_the_loss(parts):
+  """`push . out` with data of each transition, beside advantages of zero: minus its mean moves.
+
+  And a KL to the reference, at distance d from it: gradient `rate^2 d`, of the mean over elements.
+  """
+  push = jnp.asarray([[0.5, -0.25]]) * (1 + jnp.arange(8.0))[:, None]
+  extra = pg.Extra(
+      term=lambda policy, frozen, rows, out: (rows["push"] * out.mean(1), {"train/push":
+                                                                           rows["push"]}),
+      data=lambda state, frozen, experience, rewards: {"push": push})
+  optim, cfg = dataclasses.replace(DESCENT, accumulate=parts), pg.Config(advantage="batch")
+  models, batch = chain(), batch_of(8)
+
+  def update(extra, shift=0.0):
+    method = pg.make(models, cfg, optim, extra)
+    state = method.init(KEY, models.frozen, batch)
+    state["policy"] = {"shift": state["policy"]["shift"] + shift}
+    experience = method.collect(state, models.frozen, batch, KEY)
+    new, metrics = jax.jit(method.update)(state, models.frozen, experience, jnp.ones(8), KEY)
+    return moved(state, new)["shift"], metrics, method.cost(8)
+  change, metrics, cost = update(extra)
+  np.testing.assert_allclose(change, -np.asarray(push.mean(0)) / 2, rtol=1e-5)
+  assert float(metrics["train/push"]) == pytest.approx(float(push.mean()), rel=1e-5)
+  assert cost == update(None)[2]
+
+  def kl(policy, frozen, rows, out):
+    t = models.sampler.at("timesteps", rows["k"])
+    reference = models.output({"shift": jnp.zeros(2)}, frozen, rows["x_k"], t, rows["conditioning"])
+    rate = models.sampler.at("rate", rows["k"])
+    return 0.5 * jnp.square(rate) * jnp.square(out - reference).mean(1), {}
+  change, _, cost = update(pg.Extra(kl, forwards=1), shift=0.3)
+  np.testing.assert_allclose(change, -0.3 / STD ** 2 / 2, rtol=1e-5)     # out_coef is -1
+  assert cost["denoiser_forward"] == 8 * 2 * 3
+
+
 def test_every_pass_deals_each_group_once():
   dealt = np.asarray(pg.deal(KEY, 12, 3, 2))
   assert dealt.shape == (6, 4)

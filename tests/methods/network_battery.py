@@ -1,0 +1,144 @@
+"""What holds of every method in a model family, shown on random tiny pipelines.
+
+Of each method two programs are compiled: an update on one device, which is also that of the resumed
+run, and one on eight. In bfloat16 there is a third, left to slow runs.
+"""
+import collections
+import contextlib
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from battery import FAMILIES, KEYS, config_of, every_method, pairs_of, update_of
+
+import runs
+from jaxalign import methods
+from jaxalign.config import registry
+from jaxalign.devices import rng, sharding
+from jaxalign.storage.checkpoint import Checkpointer
+from jaxalign.train.experiment import build, gather
+
+DOCS = "".join(file.read_text() for file in (runs.ROOT / "docs").rglob("*.md"))
+
+
+@functools.cache
+def experiment(name: str, family: str, count: int, dtype: str = "float32"):
+  """An experiment on so many devices, its method, state and batch."""
+  cfg = config_of(name, FAMILIES[family])
+  cfg = dataclasses.replace(
+      cfg, sample=dataclasses.replace(cfg.sample, batch=8 * cfg.group * cfg.parts),
+      mesh=dataclasses.replace(cfg.mesh, data=count),
+      model=dataclasses.replace(cfg.model, dtype=dtype))
+  exp = build(cfg, jax.devices()[:count])
+  # About what the reward spreads by on these models.
+  models = dataclasses.replace(exp.models, reward_std=0.006)
+  method = methods.make(name, models, cfg.method, cfg.optim)
+  prompts, ids = runs.TRAIN.read_text().splitlines(), np.arange(cfg.sample.batch, dtype=np.int32)
+  batch = gather(exp.prompt_table(prompts), ids // cfg.group % len(prompts), ids)
+  if cfg.reads_pairs:
+    batch["pairs"] = pairs_of(len(ids), models.latent_shape)
+  batch = exp.put_batch(batch)
+  init = lambda frozen, batch: method.init(rng.stream(KEYS[0], rng.INIT), frozen, batch)
+  state = jax.tree.map(jnp.copy, init(exp.frozen, batch))
+  return exp, models, method, state, batch
+
+
+@functools.cache
+def program(name: str, family: str, count: int, dtype: str = "float32"):
+  """The compiled update, which counts its traces, and says what the reference outputs."""
+  exp, models, method, state, batch = experiment(name, family, count, dtype)
+  traces, step = collections.Counter(), update_of(method, models)
+
+  def update(state, frozen, batch, key):
+    traces["update"] += 1
+    x = jax.random.normal(KEYS[3], (8, *models.latent_shape))
+    few = jax.tree.map(lambda a: a[:8], batch["conditioning"])
+    reference = models.output(None, frozen, x, models.sampler.at("timesteps", 0), few)
+    return *step(state, frozen, batch, key), reference
+  rows, everywhere = sharding.batch_sharding(exp.mesh), sharding.replicated(exp.mesh)
+  at_inference = registry.need(exp.config.method, "at_inference")
+  place = jax.tree.map(
+      lambda a: rows if at_inference and a.ndim else everywhere,
+      jax.eval_shape(lambda *args: step(*args)[0], state, exp.frozen, batch, KEYS[1]))
+  if "replay" in state:
+    place["replay"] = jax.tree.map(lambda a: rows, state["replay"])
+  return jax.jit(update, out_shardings=(place, None, None)), traces, jax.device_put(state, place)
+
+
+@functools.cache
+def trained(name: str, family: str, count: int):
+  """States and products on the host after 0, 1, 2 updates; metrics; reference outputs; traces."""
+  exp, _, method, _, batch = experiment(name, family, count)
+  step, traces, state = program(name, family, count)
+  states, logged, references = [jax.device_get(state)], [], []
+  products = [jax.device_get(method.product(state))]
+  for key in KEYS[1:3 if count == 1 else 2]:
+    state, values, reference = step(state, exp.frozen, batch, key)
+    states.append(jax.device_get(state))
+    products.append(jax.device_get(method.product(state)))
+    logged.append(jax.device_get(values))
+    references.append(jax.device_get(reference))
+  return states, products, logged, references, traces["update"]
+
+
+class Battery:
+  """To be derived from with the `family`, a key of `FAMILIES`."""
+  family: str
+
+  @every_method
+  def test_an_update(self, name):
+    """Structure and dtypes stay, nothing is compiled twice, the reference stays, all is finite."""
+    states, products, logged, references, traces = trained(name, self.family, 1)
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), state) for state in states]
+    assert shapes[0] == shapes[1] == shapes[2] and traces == 1
+    assert references[0].tobytes() == references[1].tobytes() and np.isfinite(references[0]).all()
+    exp = experiment(name, self.family, 1)[0]
+    before, after = (jax.tree.leaves(product) for product in products[::2])
+    assert any((a != b).any() for a, b in zip(before, after))
+    for a in after:
+      assert np.isfinite(a).all()
+    for key, value in logged[-1].items():
+      assert np.isfinite(value).all(), key
+      assert value.shape == (np.shape(states[0]["best_reward"])
+                             if registry.need(exp.config.method, "at_inference") else ())
+      assert re.sub(r"_vector$", "", key) + "`" in DOCS, key
+
+  @every_method
+  def test_a_resumed_run_equals_an_unbroken_one(self, name, tmp_path):
+    states, _, logged, _, _ = trained(name, self.family, 1)
+    exp, _, _, _, batch = experiment(name, self.family, 1)
+    step, traces, start = program(name, self.family, 1)
+    with contextlib.closing(Checkpointer(tmp_path / "checkpoints")) as checkpoints:
+      checkpoints.save(1, jax.device_put(states[1], jax.tree.map(lambda a: a.sharding, start)), {})
+      checkpoints.wait()
+      saved, _ = checkpoints.restore(start)
+    state, values, _ = step(saved, exp.frozen, batch, KEYS[2])
+    assert traces["update"] == 1
+    for tree, other in ((state, states[2]), (values, logged[1])):
+      for a, b in zip(jax.tree.leaves(jax.device_get(tree)), jax.tree.leaves(other)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+  @every_method
+  def test_one_device_equals_eight(self, name):
+    _, ours, logged, _, _ = trained(name, self.family, 1)
+    _, theirs, logged_by_eight, _, _ = trained(name, self.family, 8)
+    ours, theirs = (jax.tree.map(np.subtract, *products[1::-1]) for products in (ours, theirs))
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)) / optax.tree.norm(ours)
+    assert error < 1e-4, error
+    for key, value in logged[0].items():
+      np.testing.assert_allclose(logged_by_eight[0][key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+
+  @pytest.mark.slow
+  @every_method
+  def test_bfloat16_is_finite(self, name):
+    exp, _, method, _, batch = experiment(name, self.family, 1, "bfloat16")
+    step, _, state = program(name, self.family, 1, "bfloat16")
+    for key in KEYS[1:3]:
+      state, values, reference = step(state, exp.frozen, batch, key)
+    for value in jax.tree.leaves((method.product(state), values, reference)):
+      assert np.isfinite(value).all()

@@ -1,0 +1,63 @@
+"""The page "bring your reward" as it stands: its file equals our JAX towers, its command runs."""
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_towers import PROMPTS, SIZE, assert_gradient, make_clip, score_and_gradient
+
+import runs
+from jaxalign.devices import callbacks
+from jaxalign.rewards import make_reward, open_reward
+from jaxalign.rewards.trial import Trial
+
+PAGE = (runs.ROOT / "docs" / "bring_your_reward.md").read_text()
+SCORERS, = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+COMMAND, = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+# The same model without its scale, which is all that PickScore differs from CLIP in.
+COSINE = """
+def clip_score(pixels, prompts, network):
+  return pickscore(pixels, prompts, network) / network[0].logit_scale.exp()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A small random CLIP in place of the published one, and the page's file that opens it."""
+  folder = tmp_path_factory.mktemp("pickscore")
+  make_clip(folder)
+  code = SCORERS.replace("yuvalkirstain/PickScore_v1", str(folder))
+  assert str(folder) in code
+  (folder / "scorers.py").write_text(code + COSINE)
+  return folder
+
+
+@pytest.mark.parametrize("form", ["pickscore", "clip_score"])
+def test_equals_our_jax_towers(folder, form):
+  images = np.random.default_rng(0).uniform(size=(3, 2 * SIZE, 2 * SIZE, 3)).astype(np.float32)
+  theirs = open_reward(make_reward((f"{folder}/scorers.py:{form}",), (1.0,)),
+                       lambda: Trial(images.shape[1:3], PROMPTS))
+  scores, gradient = score_and_gradient(theirs, images)
+  callbacks.check()
+  ours, expected = score_and_gradient(make_reward((f"{form}:{folder}",), (1.0,)), images)
+  np.testing.assert_allclose(scores, ours, rtol=1e-5, atol=1e-5)
+  assert_gradient(gradient, expected)
+
+
+def test_newcomer_gets_from_the_page_to_a_run(folder, tmp_path):
+  assert len(SCORERS.strip().splitlines()) <= 22
+  words = shlex.split(COMMAND)
+  assert words[:3] == ["python", "-m", "jaxalign.launch"] and len(words) == 5
+  words = [word.replace("jaxalign:nabla_gfn", "jaxalign:nabla_gfn:smoke") for word in words]
+  small = {"data.prompts": runs.TRAIN, "data.eval_prompts": runs.HELD_OUT, "mesh.data": 1,
+           "train.steps": 1, "log.tensorboard": False}
+  done = subprocess.run(
+      [sys.executable, *words[1:], f"--workdir={tmp_path}/run",
+       *(f"--config.{key}={value}" for key, value in small.items())],
+      cwd=folder, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "scorers.py:pickscore in PyTorch on cpu" in done.stdout
+  line, = runs.metrics(tmp_path / "run")
+  assert line["train/reward_seconds"] > 0 and "train/reward" in line
