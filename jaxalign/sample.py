@@ -3,6 +3,7 @@
 `DIR` is a run's folder or any checkpoint directory. Writes one PNG an image as soon as it is drawn,
 `grid.png` (the first prompts) and, when all is there, `samples.jsonl`.
 """
+import contextlib
 import functools
 import json
 import os
@@ -163,7 +164,8 @@ def main(argv) -> None:
   images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
                    negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   try:
-    _write(output, images, prompts, _N.value)
+    with contextlib.closing(images):     # ends the bar before an error is shown
+      _write(output, images, prompts, _N.value)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
   print(f"{len(prompts) * _N.value} images in {output}")

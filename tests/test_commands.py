@@ -214,7 +214,8 @@ def test_damaged_checkpoint_on_resume(fails, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
   before = {p: c for p, c in snapshot(path).items() if p.name != "config.json"}
   fails("launch", *launch_args(f"--workdir={path}", "--config.train.steps=4"),
-        parts=[str(path / "checkpoints"), "cannot read checkpoint", "delete", "3 to go on"])
+        parts=[str(path / "checkpoints"), "cannot read checkpoint", "move",
+               "3 elsewhere to go on"])
   assert {p: c for p, c in snapshot(path).items() if p.name != "config.json"} == before
   (path / "summary.json").unlink()
   fails("sample", f"--checkpoint={path}", "--prompts=a cat", f"--output={tmp_path / 'out'}",
@@ -426,7 +427,7 @@ def test_flags_of_evaluate_replace_what_the_run_has(monkeypatch):
   seen = ["--checkpoint=a", "--prompts=b", "--output=c"]
   module = runpy.run_module("jaxalign.evaluate")
   parse = lambda *args: (module["_FLAGS"].unparse_flags(), module["_FLAGS"](["x", *seen, *args]))
-  cfg = runs.smoke(model__unet="", seed=3)
+  cfg = runs.smoke(model__unet="", seed=3, data__eval_prompts="b")
   parse()
   assert module["_with_flags"](cfg) == dataclasses.replace(cfg, seed=0)
   parse("--steps=7", "--guidance=2", "--eta=0.5", "--batch=4", "--judge=clip_score:x",
