@@ -53,9 +53,10 @@ def pairs_of(size: int, latent_shape) -> dict:
   return {"latents": latents, "label": label, "origin": np.full((size, 2, 4), 8, np.int32)}
 
 
-# Keys that magnify rounding, made mild: 2,500 times the difference of two errors goes through DPO's
-# sigmoid at the recipe's beta, so that two right programs differ in the third digit.
-MILD = {"diffusion_dpo": {"beta": 10.0}}
+# Keys under which rounding would decide: 2,500 times the difference of two errors goes through
+# DPO's sigmoid at the recipe's beta; an assistant that has hardly moved is the teacher but for
+# rounding.
+MILD = {"diffusion_dpo": {"beta": 10.0}, "diff_instruct_star": {"assistant_lr": DESCENT.lr}}
 
 
 def config_of(name: str, argument: str = "smoke", *, optim=DESCENT, **method_keys):
