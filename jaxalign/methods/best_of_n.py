@@ -32,7 +32,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   def init(key, frozen, batch):
     noise = draw(models, key, batch["sample_ids"])
     rows = noise.shape[:1]
-    return {"best": noise, "best_reward": jnp.full(rows, -jnp.inf),
+    return {"best": noise, "best_reward": jnp.full(rows, -jnp.inf, jnp.float32),
             "best_step": jnp.zeros(rows, jnp.int32), "updates": jnp.asarray(0, jnp.int32)}
 
   def collect(state, frozen, batch, key):
