@@ -308,7 +308,7 @@ def test_missing_parts(copy):
 
 
 @pytest.mark.parametrize("changes, parts", [
-    ({"_class_name": "StableDiffusion3Pipeline"}, ["StableDiffusion3Pipeline"]),
+    ({"_class_name": "FluxPipeline"}, ["FluxPipeline"]),
     ({"unet": ["diffusers", "UNet3D"]}, ["unet", "UNet3D"]),
     ({"text_encoder": [None, None]}, ["text_encoder", "missing"]),
 ])
