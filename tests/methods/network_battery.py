@@ -1,7 +1,7 @@
 """What holds of every method in a model family, shown on random tiny pipelines.
 
-Of each method two programs are compiled: an update on one device, which is also that of the resumed
-run, and one on eight. In bfloat16 there is a third, left to slow runs.
+Of each method a program is compiled: an update on one device, which is also that of the resumed run.
+Left to slow runs are one on eight devices, and one in bfloat16.
 """
 import collections
 import contextlib
@@ -77,7 +77,7 @@ def trained(name: str, family: str, count: int):
   step, traces, state = program(name, family, count)
   states, logged, references = [jax.device_get(state)], [], []
   products = [jax.device_get(method.product(state))]
-  for key in KEYS[1:3 if count == 1 else 2]:
+  for key in KEYS[1:3]:
     state, values, reference = step(state, exp.frozen, batch, key)
     states.append(jax.device_get(state))
     products.append(jax.device_get(method.product(state)))
@@ -123,18 +123,19 @@ class Battery:
       for a, b in zip(jax.tree.leaves(jax.device_get(tree)), jax.tree.leaves(other)):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
+  @pytest.mark.slow                      # the second program of each method takes minutes in all
   @every_method
   def test_one_device_equals_eight(self, name):
     _, ours, logged, _, _ = trained(name, self.family, 1)
     _, theirs, logged_by_eight, _, _ = trained(name, self.family, 8)
-    ours, theirs = (jax.tree.map(np.subtract, *products[1::-1]) for products in (ours, theirs))
+    ours, theirs = (jax.tree.map(np.subtract, *products[2::-2]) for products in (ours, theirs))
+    # After two updates: at the first, margins are rounding, and the best noise is the first one.
     # Advantages and margins are differences that nearly cancel, which magnifies rounding (6e-4 was
-    # seen); a row on the wrong device is an error of order 1. Noise that is best so far has not
-    # moved yet: there it is the metrics that tell.
+    # seen); a row on the wrong device is an error of order 1.
     error, size = optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)), optax.tree.norm(ours)
     assert error <= 2e-3 * size, error / size
-    for key, value in logged[0].items():
-      np.testing.assert_allclose(logged_by_eight[0][key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+    for key, value in logged[1].items():
+      np.testing.assert_allclose(logged_by_eight[1][key], value, rtol=1e-3, atol=1e-5, err_msg=key)
 
   @pytest.mark.slow
   @every_method
