@@ -1,6 +1,6 @@
 """What holds of every method in a model family, shown on random tiny pipelines.
 
-Of each method a program is compiled: an update on one device, which is also that of the resumed run.
+Of each method a program is compiled: an update on one device, that of the resumed run too.
 Left to slow runs are one on eight devices, and one in bfloat16.
 """
 import collections

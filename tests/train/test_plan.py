@@ -174,6 +174,7 @@ def test_targets_that_do_not_exist(target):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.slow
 def test_the_main_job_on_a_tpu_slice():
   text = plan.plan(parse(load_recipe("jaxalign:nabla_gfn:emoji")), "v5e:2x2")
   assert "nabla_gfn:emoji on v5e:2x2: mesh {'data': 4, 'fsdp': 1, 'tensor': 1}" in text
