@@ -325,6 +325,7 @@ def test_what_the_method_refuses_leaves_no_folder():
 def test_black_box_rewards_reach_the_update(monkeypatch):
   """The seam for methods without reward gradients: scored on the host, weighted, `[B]` f32."""
   fake_method(monkeypatch, lambda rewards: rewards.sum())
+  monkeypatch.setattr(nabla_gfn.Config, "reward_gradients", False)
   path = runs.run("host", reward__names=("jpeg_compressibility", "brightness"), optim__lr=0.25,
                   reward__weights=(1.0, 0.5), train__steps=1, eval__every=0, eval__path_kl=False)
   line = runs.metrics(path)[0]
