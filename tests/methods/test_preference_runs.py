@@ -142,7 +142,7 @@ def test_cache_is_found_by_content(experiment, tmp_path, monkeypatch, capsys):
   def refuse(*args):
     raise AssertionError("encoded again")
   blind = dataclasses.replace(exp, encode=refuse)
-  monkeypatch.setattr("jaxalign.train.pairs.encode_images", refuse)
+  monkeypatch.setattr("jaxalign.train.pairs.image_encoder", refuse)
   monkeypatch.setattr(type(exp), "embed", lambda self, prompts: (
       refuse() if prompts != [""] else {"text": np.zeros((1, 16, 32), np.float32)}))
   same(first, read(blind, pairs))
