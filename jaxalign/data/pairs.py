@@ -23,6 +23,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from jaxalign.data.parquet import readable
 from jaxalign.data.pictures import read_picture
 from jaxalign.data.text import read_lines
 from jaxalign.errors import UserError
@@ -158,32 +159,19 @@ def _check_row(place: str, caption, label_0, label_1) -> None:
     raise UserError(f"{place}: label_1={label_1!r}, but label_0={label_0!r}: they add up to 1")
 
 
-# What Arrow raises on damaged files: its own kinds are ValueErrors, OSErrors, KeyErrors and others.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError, NotImplementedError)
-
-
-def _damaged(where, error: Exception) -> UserError:
-  reason = " ".join(str(error).split())[:200]
-  return UserError(f"{where}: not a Parquet file that can be read ({reason})")
-
-
 def _open_parquet(files: list[pathlib.Path]) -> Pairs:
   """Captions and labels of all files; image bytes by row group, when asked for."""
   import pyarrow.parquet as pq
   tables, total = [], 0
   names, groups = [], []                   # (first row, path), (first row, file, row group)
   for path in files:
-    try:
+    with readable(path):
       file = pq.ParquetFile(path)
       missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
       if missing:
         raise UserError(f"{path}: column {missing[0]} is missing; there are "
                         f"{', '.join(file.schema_arrow.names)}")
       tables.append(file.read(columns=["caption", "label_0", "label_1"]).to_pydict())
-    except UserError:
-      raise
-    except _DAMAGED as error:
-      raise _damaged(path, error) from error
     names.append((total, path))
     for group in range(file.num_row_groups):
       groups.append((total, file, group))
@@ -204,10 +192,8 @@ def _open_parquet(files: list[pathlib.Path]) -> Pairs:
     with lock:                         # one row group is in memory at a time
       if first not in cache:
         cache.clear()
-        try:
+        with readable(place(row)):
           cache[first] = file.read_row_group(group, columns=["jpg_0", "jpg_1"])
-        except _DAMAGED as error:
-          raise _damaged(place(row), error) from error
       table = cache[first]
     return tuple(table[name][row - first].as_py() for name in ("jpg_0", "jpg_1"))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.data.parquet import readable
 from jaxalign.data.text import read_lines
 from jaxalign.errors import UserError
 
@@ -93,18 +94,13 @@ def _table(file, what) -> Iterator[dict]:
 
 def _parquet(file, what) -> list[dict]:
   import pyarrow.parquet as pq
-  try:
+  with readable(what):
     table = pq.ParquetFile(file)
     field = next((name for name in FIELDS if name in table.schema_arrow.names), None)
     if field is None:
       raise UserError(f"{what}: has no column {' or '.join(FIELDS)}; there are "
                       f"{', '.join(table.schema_arrow.names)[:200]}")
     return [{field: value} for value in table.read(columns=[field])[field].to_pylist()]
-  except UserError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError, MemoryError, NotImplementedError) as error:
-    reason = " ".join(str(error).split())[:200]
-    raise UserError(f"{what}: not a Parquet file that can be read ({reason})") from error
 
 
 _READERS = {".json": _json, ".jsonl": _json_lines, ".csv": _table, ".tsv": _table,
