@@ -57,9 +57,15 @@ class _State:
 _STATE = _State()
 
 
+def forget() -> None:
+  """A run begins: no callback is in use, and what happened to those of runs before is forgotten."""
+  _STATE.in_use, _STATE.fault, _STATE.interrupted, _STATE.seconds = False, "", False, 0.0
+
+
 def begin() -> None:
   """Callbacks are in use from now on, and what happened to earlier ones is forgotten."""
-  _STATE.in_use, _STATE.fault, _STATE.interrupted, _STATE.seconds = True, "", False, 0.0
+  forget()
+  _STATE.in_use = True
   _watch_interrupts()
 
 

@@ -19,6 +19,7 @@ def start_devices(cfg: Config, devices=None) -> None:
   Raises:
     UserError: see `processes.start`.
   """
+  callbacks.forget()
   if any(".py:" in name for name in cfg.reward.names + (cfg.eval.judge,)):
     callbacks.be_patient()                       # it may be PyTorch
   processes.start()

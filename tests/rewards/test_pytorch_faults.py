@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import runs
+from jaxalign import train
 from jaxalign.devices import callbacks
 from jaxalign.errors import UserError
 from jaxalign.train.report import log_step
@@ -172,6 +173,14 @@ def test_nothing_is_logged_after_a_fault():
     means([values], 1, 1)
   callbacks.begin()
   assert means([values], 1, 1) == {"train/reward": 1.0, "train/reward_seconds": 0.0}
+
+
+def test_a_run_knows_nothing_of_the_runs_before_it():
+  callbacks.begin()
+  callbacks.record("the fault of another run")
+  train.start_devices(runs.smoke())
+  callbacks.check()
+  assert callbacks.seconds() == {}
 
 
 def test_the_thread_that_hangs_is_left_behind():
