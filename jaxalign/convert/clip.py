@@ -15,8 +15,8 @@ from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from jaxalign.models.tokenizer import Tokenizer
 
-_FILES = ["config.json", "preprocessor_config.json", "vocab.json", "merges.txt",
-          "tokenizer_config.json", "special_tokens_map.json", "model*.safetensors*"]
+_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", *Tokenizer.FILES,
+          "model*.safetensors*"]
 
 # The normalisation that CLIP was trained with; a preprocessor_config.json may say otherwise.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,7 +60,7 @@ class Clip:
   std: tuple[float, ...]
 
 
-def load_clip(path, source=None) -> Clip:
+def load_clip(path, source=None, cleaning: str = "fast") -> Clip:
   """Reads a CLIP model and its tokenizer.
 
   Args:
@@ -68,6 +68,7 @@ def load_clip(path, source=None) -> Clip:
     source: weights that take the place of the directory's own: another such directory, or a file,
       in transformers', open_clip's or OpenAI's names. Only a file that is named here may be a
       pickle; torch reads it with `weights_only`.
+    cleaning: of texts, see `jaxalign.models.tokenizer`; the default is what `CLIPProcessor` does.
   Raises:
     UserError: one line that names the file at fault.
   """
@@ -77,12 +78,11 @@ def load_clip(path, source=None) -> Clip:
     text, vision = towers(config)
   except UserError as error:
     raise UserError(f"{folder / 'config.json'}: {error}") from error
-  tokenizer = Tokenizer.load(folder)
-  if (tokenizer.length > text.config.max_position_embeddings
-      or tokenizer.vocab_size > text.config.vocab_size):
-    raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and prompts of "
-                    f"{tokenizer.length}, the text tower takes {text.config.vocab_size} and "
-                    f"{text.config.max_position_embeddings}")
+  tokenizer = Tokenizer.load(folder, longest=text.config.max_position_embeddings,
+                             cleaning=cleaning)
+  if tokenizer.vocab_size > text.config.vocab_size:
+    raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the text tower "
+                    f"takes {text.config.vocab_size}")
   source = folder if source is None else pathlib.Path(source)
   flat = read_weights(source, "clip", param_shapes(text, vision),
                       lambda tensors: _to_transformers(source, tensors))
@@ -130,7 +130,13 @@ def read_weights(source, model: str, shapes, adapt=lambda tensors: tensors):
 def _normalisation(folder: pathlib.Path):
   """Mean and standard deviation by which the checkpoint's pixels are normalised."""
   file = folder / "preprocessor_config.json"
-  config = read_json(file) if file.is_file() else {}
+  if file.is_file():
+    config = read_json(file)
+  else:                                          # where transformers 5 writes it
+    file = folder / "processor_config.json"
+    config = read_json(file).get("image_processor") if file.is_file() else {}
+    if not isinstance(config, dict):
+      raise UserError(f"{file}: image_processor is missing")
   found = []
   for key, default in (("image_mean", MEAN), ("image_std", STD)):
     value = config.get(key, default)

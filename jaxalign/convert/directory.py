@@ -36,17 +36,26 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
   folder = _resolve(path)
   index = read_json(folder / "model_index.json")
   configs, tokenizers = {"model_index": index}, {}
-  for name in _check_index(folder / "model_index.json", index):
+  components = _check_index(folder / "model_index.json", index)
+  for name in components:
     if not (folder / name).is_dir():
       raise UserError(f"{folder / name}: component is missing")
-    if name.startswith("tokenizer"):
-      tokenizers[name] = load_tokenizer(index[name][1], folder / name)
-    else:
+    if not name.startswith("tokenizer"):
       configs[name] = read_json(folder / name / _config_file(name))
+  for name in components:
+    if name.startswith("tokenizer"):
+      encoder = configs.get(name.replace("tokenizer", "text_encoder"), {})
+      tokenizers[name] = load_tokenizer(index[name][1], folder / name, _positions(encoder))
   try:
     pipeline = Pipeline.build(configs, tokenizers, {}, dtype=dtype, remat=remat)
   except UserError as error:
     raise UserError(f"{folder}: {error}") from error
+  for name in pipeline.text_encoders:
+    tokenizer = name.replace("text_encoder", "tokenizer")
+    has, takes = tokenizers[tokenizer].vocab_size, pipeline.networks[name].config.vocab_size
+    if has > takes:
+      raise UserError(f"{folder / tokenizer}: has ids up to {has - 1}, and {name} takes them up to "
+                      f"{takes - 1}")
   shapes = pipeline.param_shapes()
   if shapes_only:
     return dataclasses.replace(pipeline, params=shapes)
@@ -176,6 +185,12 @@ def read_json(file: pathlib.Path) -> dict:
 
 def _write_json(file: pathlib.Path, content: dict) -> None:
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _positions(encoder: dict) -> int | None:
+  """Tokens that a text encoder takes, where its config is sound; T5 takes any number."""
+  found = encoder.get("max_position_embeddings", 77)
+  return found if type(found) is int and found >= 2 else None
 
 
 def _config_file(name: str) -> str:

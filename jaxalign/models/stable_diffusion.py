@@ -37,6 +37,13 @@ class StableDiffusionPipeline(Pipeline):
 
   def check_widths(self):
     config = self.denoiser.config
+    takes, latents = config.in_channels, self.vae.config.latent_channels
+    if takes != latents:
+      kind = {9: "an inpainting UNet, which takes a mask and a masked image too",
+              8: "a UNet that takes a second image, to edit (InstructPix2Pix)"}.get(
+                  takes, "another autoencoder's")
+      raise UserError(f"unet/config.json: in_channels = {takes}: {kind}; text-to-image has the "
+                      f"{latents} channels of the autoencoder")
     widths = [self.networks[name].config.hidden_size for name in self.text_encoders]
     if sum(widths) != config.cross_attention_dim:
       raise UserError(f"unet/config.json: cross_attention_dim = {config.cross_attention_dim}, but "

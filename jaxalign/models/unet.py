@@ -224,8 +224,11 @@ class UNet2DConditionModel(nn.Module):
       UserError: a key has a value that this implementation cannot represent exactly.
     """
     layers.check_remat(remat)
-    # diffusers writes null where a config leaves the size open.
+    # diffusers writes null where a config leaves the size open, and a list with a value a block.
     json_dict = {k: v for k, v in json_dict.items() if k != "sample_size" or v is not None}
+    only_cross = json_dict.get("only_cross_attention")
+    if isinstance(only_cross, list) and only_cross and not any(only_cross):
+      json_dict["only_cross_attention"] = False
     return cls(layers.read_config(UNetConfig, json_dict, _FIXED, WHERE), jnp.dtype(dtype), remat)
 
   def example_inputs(self):

@@ -73,7 +73,8 @@ def pickscore(where: str) -> Reward:
 
 def hpsv2(where: str, name: str = "hpsv2") -> Reward:
   """Human Preference Score v2, Wu et al. 2023: the cosine. v2.1 differs by its weights only."""
-  return _cosine(name, where, letterbox, "-1 to 1, cosine of image and prompt, about 0.2 to 0.35")
+  return _cosine(name, where, letterbox, "-1 to 1, cosine of image and prompt, about 0.2 to 0.35",
+                 cleaning="open_clip")
 
 
 def hpsv2_1(where: str) -> Reward:
@@ -140,9 +141,10 @@ def _embed_images(clip: Clip, fit):
   return embed
 
 
-def _cosine(name: str, where: str, fit, span: str, scaled: bool = False) -> Reward:
+def _cosine(name: str, where: str, fit, span: str, scaled: bool = False,
+            cleaning: str = "fast") -> Reward:
   """Cosine of image and prompt, times the exponential of the trained logit scale if `scaled`."""
-  clip = load_clip(*split(where))
+  clip = load_clip(*split(where), cleaning)
   embed = _embed_images(clip, fit)
   embed_text = jax.jit(
       lambda params, ids: unit(clip.text.apply({"params": params}, ids).projected))

@@ -21,6 +21,12 @@ _ESTIMATES = {
     "flow": lambda a, s: ((1 + 0 * a, s), (1 + 0 * a, a)),
 }
 PREDICTIONS = tuple(_ESTIMATES)
+# diffusers' classes on a variance-preserving schedule that their betas define; which of them it is
+# does not matter to us.
+_TRAINED = ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel",
+            "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE", "DPMSolverSinglestep",
+            "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete",
+            "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep")
 # In scheduler_config.json, of one-step generators: `Schedule.one_step` and `one_step_scale`.
 ONE_STEP_KEY, ONE_STEP_SCALE_KEY = "one_step_timestep", "one_step_input_scale"
 
@@ -79,12 +85,15 @@ class Schedule:
       raise UserError(f"scheduler_config.json: {ONE_STEP_SCALE_KEY}={scale!r} is not a number "
                       "above 0")
     own = {"one_step": config.get(ONE_STEP_KEY), "one_step_scale": float(scale)}
-    name = config.get("_class_name", "")
+    name = str(config.get("_class_name"))
     if name == "FlowMatchEulerDiscreteScheduler":
       return cls._flow_from_config(config, own)
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas", False):
       raise UserError(f"scheduler_config.json: {name} on a flow is not supported; "
                       "FlowMatchEulerDiscreteScheduler is")
+    if name.removeprefix("Flax").removesuffix("Scheduler") not in _TRAINED:
+      raise UserError(f"scheduler_config.json: _class_name={name!r} is not supported; DDIMScheduler "
+                      "and its kin with betas are, and FlowMatchEulerDiscreteScheduler")
     return cls._trained_from_config(config, own)
 
   @classmethod
@@ -101,20 +110,45 @@ class Schedule:
                       "flow (1000)")
     return cls.flow(float(shift), "shifted_twice", **own)
 
+  @staticmethod
+  def _betas(config: dict) -> np.ndarray:
+    """`[N]` f64; what the file does not say is not guessed."""
+    if config.get("trained_betas") is not None:
+      try:
+        betas = np.asarray(config["trained_betas"], np.float64)
+      except (TypeError, ValueError):
+        betas = np.zeros(0)
+      if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise UserError("scheduler_config.json: trained_betas is no list of numbers between 0 and "
+                        "1")
+      return betas
+    keys = ("beta_start", "beta_end", "beta_schedule")
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+      raise UserError(f"scheduler_config.json: {', '.join(missing)} of "
+                      f"{config.get('_class_name')} missing, and not guessed")
+    start, end, kind = (config[key] for key in keys)
+    steps = config.get("num_train_timesteps", 1000)
+    for key in keys[:2]:
+      if type(config[key]) not in (int, float) or not 0 < config[key] < 1:
+        raise UserError(f"scheduler_config.json: {key}={config[key]!r} is not a number between 0 "
+                        "and 1")
+    if type(steps) is not int or not 2 <= steps <= 100_000:
+      raise UserError(f"scheduler_config.json: num_train_timesteps={steps!r} is not a number of "
+                      "steps")
+    if kind == "scaled_linear":
+      return np.linspace(start ** 0.5, end ** 0.5, steps, dtype=np.float64) ** 2
+    if kind == "linear":
+      return np.linspace(start, end, steps, dtype=np.float64)
+    raise UserError(f"scheduler_config.json: beta_schedule={kind!r} is not supported "
+                    "(scaled_linear, linear or trained_betas)")
+
   @classmethod
   def _trained_from_config(cls, config: dict, own: dict) -> "Schedule":
-    steps, start, end = (config.get(k, d) for k, d in (
-        ("num_train_timesteps", 1000), ("beta_start", 1e-4), ("beta_end", 0.02)))
-    kind = config.get("beta_schedule", "linear")
-    if config.get("trained_betas") is not None:
-      betas = np.asarray(config["trained_betas"], np.float64)
-    elif kind == "scaled_linear":
-      betas = np.linspace(start ** 0.5, end ** 0.5, steps, dtype=np.float64) ** 2
-    elif kind == "linear":
-      betas = np.linspace(start, end, steps, dtype=np.float64)
-    else:
-      raise UserError(f"scheduler_config.json: beta_schedule={kind!r} is not supported "
-                      "(scaled_linear, linear or trained_betas)")
+    betas = cls._betas(config)
+    if config.get("timestep_type", "discrete") != "discrete":
+      raise UserError(f"scheduler_config.json: timestep_type={config['timestep_type']!r} is not "
+                      "supported (discrete)")
     for key in ("thresholding", "clip_sample"):
       # PyTorch schedulers clip by default; a config written by them always states the key.
       if config.get(key, False):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,6 +66,117 @@ def test_same_ids_as_transformers(tmp_path, pad, added):
   assert ids.dtype == np.int32
   for text, ours, other in zip(TEXTS, ids, expected):
     np.testing.assert_array_equal(ours, other, err_msg=repr(text))
+
+
+def only_json(folder, pad="<|endoftext|>"):
+  """What transformers 5 writes: its `tokenizer.json` and no vocab.json, merges.txt or map."""
+  transformers = pytest.importorskip("transformers")
+  folder.mkdir()
+  write_tokenizer(folder, pad)
+  theirs = transformers.CLIPTokenizerFast.from_pretrained(folder)
+  theirs.add_tokens(["<Cat-Toy>"])
+  theirs.save_pretrained(folder)
+  for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
+    (folder / name).unlink(missing_ok=True)
+  return folder, theirs
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_folder_with_tokenizer_json_alone(tmp_path, pad):
+  folder, theirs = only_json(tmp_path / "new", pad)
+  texts = [*TEXTS, "a <Cat-Toy> car", "two<cat-toy>s", "x\x85y\x0bz"]
+  expected = theirs(texts, padding="max_length", truncation=True, max_length=24).input_ids
+  tokenizer = Tokenizer.load(folder)
+  for text, ours, other in zip(texts, tokenizer(texts), expected):
+    np.testing.assert_array_equal(ours, other, err_msg=repr(text))
+  assert tokenizer.vocab_size == len(theirs)
+  tokenizer.save(tmp_path / "copy")
+  assert {f.name: f.read_bytes() for f in (tmp_path / "copy").iterdir()} == {
+      f.name: f.read_bytes() for f in folder.iterdir()}
+  write_tokenizer(folder, pad)                # an old folder, where the fast class is asked for
+  np.testing.assert_array_equal(Tokenizer.load(folder, cleaning="fast")(TEXTS),
+                                expected[:len(TEXTS)])
+
+
+@pytest.mark.parametrize("token", ["<cat-toy>", "<Cat-Toy>", "toy"])
+@pytest.mark.parametrize("age", ["added_tokens.json", "added_tokens_decoder"])
+def test_added_tokens_of_any_age(tmp_path, token, age):
+  transformers = pytest.importorskip("transformers")
+  write_tokenizer(tmp_path)
+  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs.add_tokens(token)
+  theirs.save_pretrained(tmp_path)
+  i = len(theirs) - 1
+  (tmp_path / "added_tokens.json").unlink()
+  if age == "added_tokens.json":                    # before transformers 4.34
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["added_tokens_decoder"]
+    file.write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token: i}))
+  texts = [f"a {token} cat", f"a{token}s!", token.upper(), "a cat"]
+  tokenizer = Tokenizer.load(tmp_path)
+  expected = theirs(texts, padding="max_length", truncation=True, max_length=24).input_ids
+  assert tokenizer(texts).tolist() == expected
+  assert i in tokenizer(texts)[0] and i not in tokenizer(texts)[2]
+  assert tokenizer.vocab_size == i + 1
+
+
+def test_cleaning_of_open_clip(tmp_path):
+  write_tokenizer(tmp_path)
+  tokenizer = Tokenizer.load(tmp_path, cleaning="open_clip")
+  ids = lambda text: tokenizer([text])[0].tolist()
+  assert ids("R&amp;amp;D &lt;b&gt;  CAT ") == ids("r&d <b> cat")
+  assert ids("日本語 cat") != Tokenizer.load(tmp_path)(["日本語 cat"])[0].tolist()
+
+
+def test_length_is_what_the_text_encoder_takes(tmp_path):
+  write_tokenizer(tmp_path)
+  file = tmp_path / "tokenizer_config.json"
+  config = json.loads(file.read_text())
+  assert Tokenizer.load(tmp_path, longest=77).length == 24
+  for length in (1000000000000000019884624838656, 1e30, None):
+    file.write_text(json.dumps({**config, "model_max_length": length} if length else {
+        key: value for key, value in config.items() if key != "model_max_length"}))
+    tokenizer = Tokenizer.load(tmp_path, longest=16)
+    assert tokenizer(["a cat"]).shape == (1, 16)
+    with pytest.raises(UserError, match="tokenizer_config.json: model_max_length is"):
+      Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("merges.txt", b"#version: 0.2\nc a\n", "merges.txt: damaged: no merge makes"),
+    ("merges.txt", b"", "merges.txt: damaged: no merge makes"),
+    ("merges.txt", b"\xff", "merges.txt: not UTF-8"),
+    ("merges.txt", b"#version: 0.2\nc a t\n", "merges.txt: line 2 is not two symbols"),
+    ("merges.txt", None, "merges.txt: tokenizer file is missing"),
+    ("vocab.json", b"[1]", "vocab.json: not a JSON object"),
+    ("vocab.json", b'{"a": "x"}', "vocab.json: not tokens with ids"),
+    ("vocab.json", b'{"a": 1}', "merges.txt: does not fit vocab.json"),
+    ("vocab.json", b"[" * 100000, "vocab.json: not valid JSON"),
+    ("tokenizer_config.json", b"[1]", "tokenizer_config.json: not a JSON object"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}',
+     "tokenizer_config.json: added tokens"),
+    ("tokenizer_config.json", b'{"bos_token": 3}', "tokenizer_config.json: bos_token is 3"),
+    ("added_tokens.json", b'{"a": -1}', "added_tokens.json: added tokens"),
+])
+def test_damaged_files_are_named(tmp_path, name, content, message):
+  write_tokenizer(tmp_path)
+  (tmp_path / name).unlink(missing_ok=True)
+  if content is not None:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=re.escape(message)):
+    Tokenizer.load(tmp_path)
+
+
+def test_damaged_tokenizer_json_is_named(tmp_path):
+  write_tokenizer(tmp_path)
+  (tmp_path / "vocab.json").unlink()
+  (tmp_path / "merges.txt").unlink()
+  for content, message in ((b"{}", "not a tokenizer"), (t5_file(), "of type Unigram")):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"tokenizer.json: .*{message}"):
+      Tokenizer.load(tmp_path)
 
 
 def test_frame_of_a_row(tmp_path):

@@ -145,13 +145,18 @@ def test_remat_changes_neither_output_nor_tree_nor_gradient():
   assert "remat" in str(jax.make_jaxpr(value_and_grad(rematted))(x))
 
 
+def test_a_list_of_nothing_but_false_is_false():
+  listed = UNet2DConditionModel.from_config({**SD1, "only_cross_attention": [False, False]})
+  assert listed == UNet2DConditionModel.from_config(SD1)
+
+
 @pytest.mark.parametrize("key, value", [
     ("_class_name", "UNet3DConditionModel"), ("act_fn", "gelu"), ("class_embed_type", "timestep"),
     ("num_attention_heads", 8), ("addition_embed_type", "image"), ("conv_in_kernel", 1),
     ("mid_block_type", None), ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
     ("block_out_channels", [33, 64]), ("attention_head_dim", 7), ("a_new_feature", "on"),
     ("up_block_types", ["UpBlock2D"]), ("attention_head_dim", None), ("norm_num_groups", 0),
-    ("transformer_layers_per_block", [[1], [1]]),
+    ("transformer_layers_per_block", [[1], [1]]), ("only_cross_attention", [True, False]),
 ])
 def test_unsupported_config_names_key_and_value(key, value):
   with pytest.raises(UserError) as error:

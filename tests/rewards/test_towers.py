@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import runs
-from jaxalign.convert.clip import param_shapes, towers
+from jaxalign.convert.clip import load_clip, param_shapes, towers
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from jaxalign.rewards import make_reward
@@ -443,6 +443,24 @@ def test_damaged_directory(damage, words, tmp_path):
   message = str(error.value)
   assert message.startswith("reward.names: 'pickscore': ") and str(tmp_path) in message
   assert all(word in message for word in words), message
+
+
+def test_folder_of_transformers_5(tmp_path):
+  """`processor_config.json` has the normalisation, `tokenizer.json` the tokenizer."""
+  make_clip(tmp_path)
+  tokenizer = transformers.CLIPTokenizerFast.from_pretrained(tmp_path)
+  tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+  for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+    (tmp_path / name).unlink()
+  settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5] * 3}
+  (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+  clip = load_clip(tmp_path)
+  assert (clip.mean, clip.std) == ((0.5, 0.4, 0.3), (0.5,) * 3)
+  expected = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=16).input_ids
+  assert clip.tokenizer(PROMPTS).tolist() == expected
+  (tmp_path / "processor_config.json").write_text("{}")
+  with pytest.raises(UserError, match="processor_config.json: image_processor is missing"):
+    load_clip(tmp_path)
 
 
 class Malicious:

@@ -209,9 +209,10 @@ def test_one_unit_is_as_good_as_another():
 # ---- where the network starts from noise alone --------------------------------------------------
 
 
-SD2 = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-           beta_schedule="scaled_linear", clip_sample=False, rescale_betas_zero_snr=True,
-           prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=False)
+SD2 = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_start=0.00085,
+           beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+           rescale_betas_zero_snr=True, prediction_type="v_prediction",
+           timestep_spacing="trailing", set_alpha_to_one=False)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])

@@ -16,6 +16,7 @@ FLOW = Schedule.flow()
 TRAINED = PREDICTIONS[:3]     # of variance-preserving schedules
 
 SD_CONFIG = dict(
+  _class_name="DDIMScheduler",
   num_train_timesteps=1000,
   beta_start=0.00085,
   beta_end=0.012,
@@ -248,10 +249,11 @@ def test_from_config_reads_the_conventions():
     "leading",
     "noisy",
   )
-  linear = Schedule.from_config({})
+  linear = Schedule.from_config(dict(
+    _class_name="PNDMScheduler", beta_start=1e-4, beta_end=0.02, beta_schedule="linear"))
   assert linear.final == "clean" and linear.steps_offset == 0
   assert linear.alphas[0] ** 2 == pytest.approx(1 - 1e-4)
-  trained = Schedule.from_config({"trained_betas": [0.1, 0.2]})
+  trained = Schedule.from_config({"_class_name": "FlaxDDIMScheduler", "trained_betas": [0.1, 0.2]})
   np.testing.assert_allclose(trained.alphas**2, [0.9, 0.72])
 
 
@@ -263,11 +265,22 @@ def test_from_config_reads_the_conventions():
     (dict(rescale_betas_zero_snr=True), "prediction_type='epsilon'"),
     (dict(thresholding=True), "thresholding"),
     (dict(clip_sample=True), "clip_sample"),
+    (dict(_class_name="EDMEulerScheduler"), "_class_name='EDMEulerScheduler' is not supported"),
+    (dict(_class_name="EDMDPMSolverMultistepScheduler"), "_class_name='EDMDPMSolver"),
+    (dict(_class_name=None), "_class_name='None'"),
+    (dict(beta_start=None), "beta_start of DDIMScheduler missing"),
+    (dict(beta_end=None, beta_schedule=None), "beta_end, beta_schedule of DDIM"),
+    (dict(beta_start="a"), "beta_start='a'"),
+    (dict(beta_end=float("nan")), "beta_end=nan"),
+    (dict(num_train_timesteps=10**9), "num_train_timesteps=1000000000"),
+    (dict(trained_betas=[0.1, 2.0]), "trained_betas"),
+    (dict(trained_betas="abc"), "trained_betas"),
+    (dict(timestep_type="continuous"), "timestep_type='continuous'"),
   ],
 )
 def test_from_config_refuses_what_it_cannot_honour(config, word):
-  with pytest.raises(UserError, match=word):
-    Schedule.from_config(config)
+  with pytest.raises(UserError, match=f"scheduler_config.json: .*{word}"):
+    Schedule.from_config({**SD_CONFIG, **config})
 
 
 @pytest.mark.parametrize(
