@@ -161,6 +161,9 @@ def main(argv) -> None:
     output.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
+  cut = pipeline.cut([*prompts, _NEGATIVE.value])
+  if cut:
+    print(cut)
   images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
                    negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   try:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from jaxalign.convert import weights
 from jaxalign.convert.directory import find_folder, read_json
@@ -118,13 +117,8 @@ def param_shapes(text, vision):
 
 
 def read_weights(source, model: str, shapes, adapt=lambda tensors: tensors):
-  """`weights.load` without its bookkeeping for the way back; every number must be finite."""
-  source = pathlib.Path(source)
-  params, _, _ = weights.load(source, model, shapes, adapt)
-  for path, x in traverse_util.flatten_dict(params, sep="/").items():
-    if not np.isfinite(x).all():
-      raise UserError(f"{source}: {path} holds numbers that are not finite")
-  return params
+  """`weights.load` without its bookkeeping for the way back."""
+  return weights.load(pathlib.Path(source), model, shapes, adapt)[0]
 
 
 def _normalisation(folder: pathlib.Path):
@@ -149,7 +143,6 @@ def _normalisation(folder: pathlib.Path):
 
 def _to_transformers(source: pathlib.Path, tensors: dict) -> dict:
   """Names and layouts of transformers' `CLIPModel`, whatever of the known ones `tensors` has."""
-  tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
   if "positional_embedding" in tensors or "visual.conv1.weight" in tensors:
     tensors = _from_open_clip(tensors)
   for name in ("text", "vision"):

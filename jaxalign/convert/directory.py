@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxalign.convert import weights
+from jaxalign.convert.tensors import check_pointer
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline, families
 from jaxalign.models.tokenizer import load_tokenizer
@@ -172,6 +173,7 @@ def find_folder(path, patterns: list[str], ignored: Sequence[str] = ()) -> pathl
 
 
 def read_json(file: pathlib.Path) -> dict:
+  check_pointer(file)
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
   except OSError as error:

@@ -1,18 +1,24 @@
 """One network's weight files: found, read, checked tensor by tensor, and written."""
-import importlib.util
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import msgpack
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import serialization, traverse_util
 
 from jaxalign.convert import names
+from jaxalign.convert.tensors import (
+  PICKLES,
+  check_finite,
+  look,
+  plain_names,
+  read_msgpack,
+  read_pickle,
+  read_safetensors,
+  read_sharded,
+)
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Stored
 
@@ -33,57 +39,11 @@ def _base(model: str, format: str) -> str:
   return "model.safetensors" if text else "diffusion_pytorch_model.safetensors"
 
 
-def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    with safetensors.safe_open(file, "np") as tensors:
-      return {name: tensors.get_tensor(name) for name in tensors.keys()}
-  except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-    raise UserError(f"{file}: missing, truncated or corrupt safetensors file ({error})") from error
-
-
-def _read_sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    files = json.loads(index.read_text())["weight_map"]
-    shards = sorted({str(shard) for shard in files.values()})
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{index}: not a safetensors index (no valid weight_map)") from error
-  tensors = {}
-  for shard in shards:
-    tensors.update(_read_safetensors(index.parent / shard))
-  return tensors
-
-
-def _read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    tree = serialization.msgpack_restore(file.read_bytes())
-    return traverse_util.flatten_dict(tree, sep="/")
-  except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
-    raise UserError(f"{file}: truncated or corrupt msgpack file "
-                    f"({type(error).__name__})") from error
-
-
-def _read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """A PyTorch state dict; only for a file that the user has named."""
-  if importlib.util.find_spec("torch") is None:
-    raise UserError(f"{file}: pickled weights need torch to be read; install it, or convert them "
-                    "to safetensors")
-  import torch
-  try:
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)  # what open_clip's training writes
-    # numpy has no bfloat16 of its own, and torch knows no other.
-    return {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().numpy()
-            for name, x in state.items()}
-  except Exception as error:  # torch lets through whatever a damaged file makes its parsers raise
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{file}: not a PyTorch state dict of plain tensors ({reason})") from error
-
-
 def _read(source: pathlib.Path, model: str) -> tuple[pathlib.Path, str, dict[str, np.ndarray]]:
   """The weight file at or in `source`, its format and its tensors under their own names."""
   if source.is_file():
-    readers = {".safetensors": _read_safetensors, ".msgpack": _read_msgpack,
-               **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), _read_pickle)}
+    readers = {".safetensors": _read_one, ".msgpack": read_msgpack,
+               **dict.fromkeys(PICKLES, read_pickle)}
     if source.suffix not in readers:
       raise UserError(f"{source}: not a weight file, which ends in {', '.join(readers)}")
     format = "flax" if source.suffix == ".msgpack" else "diffusers"
@@ -93,21 +53,27 @@ def _read(source: pathlib.Path, model: str) -> tuple[pathlib.Path, str, dict[str
   return _read_folder(source, model)
 
 
+def _read_one(file: pathlib.Path) -> dict[str, np.ndarray]:
+  return read_safetensors(file)[0]
+
+
 def _read_folder(folder: pathlib.Path, model: str):
   torch, flax = _base(model, "diffusers"), _base(model, "flax")
   half = torch.replace(".safetensors", ".fp16.safetensors")
-  for name, read, format in ((torch, _read_safetensors, "diffusers"),
-                             (f"{torch}.index.json", _read_sharded, "diffusers"),
-                             (half, _read_safetensors, "diffusers"),
-                             (f"{torch}.index.fp16.json", _read_sharded, "diffusers"),
-                             (flax, _read_msgpack, "flax")):
+  for name, read, format in ((torch, _read_one, "diffusers"),
+                             (f"{torch}.index.json", read_sharded, "diffusers"),
+                             (half, _read_one, "diffusers"),
+                             (f"{torch}.index.fp16.json", read_sharded, "diffusers"),
+                             (f"{half}.index.json", read_sharded, "diffusers"),
+                             (flax, read_msgpack, "flax")):
     if (folder / name).is_file():
       return folder / name, format, read(folder / name)
   pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt")]
   if pickled:
     raise UserError(f"{folder / pickled[0]}: pickled weights are refused, they can run code when "
                     f"loaded; convert them to {torch}")
-  raise UserError(f"{folder}: no weights, looked for {torch}, {torch}.index.json, {half}, {flax}")
+  raise UserError(f"{folder}: no weights, looked for {torch}, {torch}.index.json, {half}, {flax}"
+                  f"{look(folder)}")
 
 
 def _check(file: pathlib.Path, expected: dict[str, tuple], tensors: dict[str, np.ndarray]) -> None:
@@ -125,7 +91,7 @@ def _check(file: pathlib.Path, expected: dict[str, tuple], tensors: dict[str, np
            + (", ..." if len(items) > _SHOWN else "")
            for kind, items in problems.items() if items]
   if found:
-    raise UserError(f"{file}: tensors do not fit config.json ({'; '.join(found)})")
+    raise UserError(f"{file}: tensors do not fit config.json ({'; '.join(found)}){look(file)}")
 
 
 def load(source: pathlib.Path, model: str, shapes,
@@ -148,7 +114,17 @@ def load(source: pathlib.Path, model: str, shapes,
   """
   file, format, tensors = _read(source, model)
   if format == "diffusers":
-    tensors = adapt(tensors)
+    tensors = adapt(plain_names(tensors))
+  return fit(file, model, shapes, tensors, format=format, as_stored=as_stored)
+
+
+def fit(file: pathlib.Path, model: str, shapes, tensors: dict[str, np.ndarray], *,
+        format: str = "diffusers", as_stored: bool = False) -> tuple[Any, dict, dict]:
+  """What `load` returns, of the `tensors` of `file`, which are taken out of the dict.
+
+  Raises:
+    UserError: they do not fit `shapes`, or a number is not finite.
+  """
   shapes = {path: leaf.shape for path, leaf in
             traverse_util.flatten_dict(shapes, sep="/").items()}
   for name, own in _TIED.items():
@@ -161,9 +137,11 @@ def load(source: pathlib.Path, model: str, shapes,
                 else names.new_vae_name(name) for path, name in standard.items()}
   if format == "flax":
     _check(file, shapes, tensors)
+    check_finite(file, tensors)
     arrays = tensors
   else:
     _check(file, {standard[p]: names.torch_shape(p, s) for p, s in shapes.items()}, tensors)
+    check_finite(file, tensors)
     # One after the other, so that a large network is not held twice.
     arrays = {path: names.from_torch(path, tensors.pop(standard[path])) for path in shapes}
   stored = {path: Stored(standard[path], str(arrays[path].dtype)) for path in shapes}

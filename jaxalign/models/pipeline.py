@@ -186,6 +186,19 @@ class Pipeline:
     return {name: self.tokenizers[name.replace("text_encoder", "tokenizer")](prompts)
             for name in self.text_encoders}
 
+  def cut(self, prompts: list[str]) -> str:
+    """A line about those prompts whose ends no text encoder reads; "" if there are none."""
+    tokenizer = max(self.tokenizers.values(), key=lambda tokenizer: tokenizer.length)
+    # Cleaning makes no text twice as long, and a token takes a byte: most need no look.
+    counts = {prompt: len(tokenizer.tokens(prompt)) for prompt in dict.fromkeys(prompts)
+              if 2 * len(prompt.encode("utf-8", "replace")) > tokenizer.length - 2}
+    long = [prompt for prompt, count in counts.items() if count > tokenizer.length]
+    if not long:
+      return ""
+    shown = long[0] if len(long[0]) <= 60 else f"{long[0][:60]}..."
+    return (f"{len(long)} of {len(set(prompts))} prompts are cut to {tokenizer.length} tokens, "
+            f"what this model reads; the first of them has {counts[long[0]]}: {shown!r}")
+
   def encode_images(self, params, images):
     """Scaled latents `[B, h, w, c]` of `images [B, H, W, 3]` in [0, 1]; `params` of "vae"."""
     return encode_images(self.vae, params, images)

@@ -255,7 +255,7 @@ class Tokenizer(_Folder):
     A special token inside a prompt is one token. That holds for the padding token too: where it is
     "!" (OpenCLIP), "hi!!" ends in two padding ids, as in transformers.
     """
-    entries = {**dict.fromkeys(special, {}), **{token: entry for token, (_, entry) in added.items()}}
+    entries = dict.fromkeys(special, {}) | {token: entry for token, (_, entry) in added.items()}
     if self._clean is None:                      # the library does it all
       for token in sorted(entries):
         known = {key: bool(entries[token][key]) for key in _PROPERTIES if key in entries[token]}
@@ -326,7 +326,7 @@ def _read_json_tokenizer(files: dict[str, bytes], where: str) -> tokenizers.Toke
 
 
 def load_tokenizer(kind: str, folder, longest: int | None = None):
-  """The tokenizer in `folder`, of transformers' class `kind`, for an encoder of `longest` tokens."""
+  """The tokenizer in `folder`, of transformers' class `kind`; `longest` as `Tokenizer` takes it."""
   if kind in T5Tokenizer.CLASSES:
     return T5Tokenizer.load(folder)
   return Tokenizer.load(folder, longest=longest,

@@ -92,8 +92,8 @@ class Schedule:
       raise UserError(f"scheduler_config.json: {name} on a flow is not supported; "
                       "FlowMatchEulerDiscreteScheduler is")
     if name.removeprefix("Flax").removesuffix("Scheduler") not in _TRAINED:
-      raise UserError(f"scheduler_config.json: _class_name={name!r} is not supported; DDIMScheduler "
-                      "and its kin with betas are, and FlowMatchEulerDiscreteScheduler")
+      raise UserError(f"scheduler_config.json: _class_name={name!r} is not supported; "
+                      "FlowMatchEulerDiscreteScheduler is, and DDIMScheduler and its like")
     return cls._trained_from_config(config, own)
 
   @classmethod

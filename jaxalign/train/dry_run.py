@@ -42,7 +42,9 @@ def describe(cfg: Config, devices=None) -> str:
   state = (_search_state(outline, method, held_out, images) if at_inference
            else outlined(outline, method, prompts).state_shapes())
 
-  lines = [json.dumps(cfg.to_dict(), indent=2), "", _data(cfg, prompts, held_out, pairs), ""]
+  lines = [json.dumps(cfg.to_dict(), indent=2), "", _data(cfg, prompts, held_out, pairs)]
+  cut = exp.pipeline.cut(prompts + held_out + list(pairs.captions if pairs else ()))
+  lines += [cut, ""] if cut else [""]
   lines += _sizes(exp, state, at_inference)
   lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}; "
             f"{exp.pipeline.denoiser_name} parameters by partition:"]

@@ -65,6 +65,9 @@ def _run(cfg, path, devices, stack) -> dict:
   search = Search(exp, method, prompts)
   total = search.total
   held = sum(a.nbytes for a in jax.tree.leaves(search.state)) / 2**20
+  cut = exp.pipeline.cut(prompts)
+  if cut:
+    say(cut)
   say(f"{cfg.recipe}: {total} images, {cfg.eval.samples} of each of {len(prompts)} prompts of "
       f"data.eval_prompts, {held:.0f} MiB of noise and moments on the devices; nothing is trained, "
       f"so data.prompts is not read; mesh "

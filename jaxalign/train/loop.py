@@ -103,6 +103,9 @@ def _run(cfg, path, devices, stack) -> dict:
     pairs = PairTable(exp, pair_files, workdir.path)
     say(f"{len(pair_files)} preference pairs of {len(set(pairs.prompts))} captions")
   row_prompts = pairs.prompts if pairs else train_prompts
+  cut = exp.pipeline.cut([*train_prompts, *eval_prompts, *row_prompts])
+  if cut:
+    say(cut)
   models = dataclasses.replace(exp.models, reward_std=reward_std)
   method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
   programs = Programs(exp, method, pairs.shared if pairs else exp.prompt_table(train_prompts), root,

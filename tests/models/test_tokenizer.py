@@ -7,6 +7,7 @@ import tokenizers
 
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import T5Tokenizer, Tokenizer
+from jaxalign.train.opening import open_pipeline
 
 TEXTS = [
     "", " ", "a cat on a red background", "A CAT, on   a\tred\nbackground!!", "!!", "!",
@@ -186,6 +187,16 @@ def test_frame_of_a_row(tmp_path):
   assert empty.tolist() == [tokenizer.bos_id, tokenizer.eos_id] + [tokenizer.pad_id] * 22
   assert long[0] == tokenizer.bos_id and long[-1] == tokenizer.eos_id and len(long) == 24
   assert tokenizer([]).shape == (0, 24)
+
+
+def test_prompts_that_are_cut_are_counted_and_one_is_shown():
+  pipeline = open_pipeline("jaxalign:fixture", shapes_only=True)
+  red = lambda count: " ".join(["red"] * count)
+  assert pipeline.cut(["a cat", red(14)]) == ""                  # 16 tokens with start and end
+  assert pipeline.cut([red(15), "a cat", red(15), red(20)]) == (
+      f"2 of 3 prompts are cut to 16 tokens, what this model reads; the first of them has 17: "
+      f"'{red(15)}'")
+  assert pipeline.cut([red(40)]).endswith(f"has 42: '{red(40)[:60]}...'")
 
 
 def test_saves_the_same_bytes(tmp_path):

@@ -40,8 +40,14 @@ def test_every_recipe_on_the_embedded_model(name):
     assert rows["optimiser"][0] in (2 * rows["policy (trained)"][0] + n for n in (1, 2))
 
 
-def test_a_search_updates_every_image():
-  text, rows = describe("dno", eval__prompts=5, eval__samples=3, sample__batch=8)
+def test_a_search_updates_every_image(tmp_path):
+  prompts = tmp_path / "prompts.txt"
+  long = "a cat, " + "very " * 80
+  prompts.write_text("\n".join(f"{text} in twemoji style" for text in
+                               ("a cat", "a dog", "a sun", long, long + "big")))
+  text, rows = describe("dno", eval__prompts=5, eval__samples=3, sample__batch=8,
+                        data__eval_prompts=str(prompts))
+  assert text.count("2 of 5 prompts are cut to ") == 1 and repr(f"{long[:60]}...") in text
   assert "per update of 15 images" in text and "data.prompts is not read" in text
   assert f"{15 * 20 * 2:,} denoiser_forward" in text               # steps x guidance branches
   assert rows["z"][0] == 16 * 21 * 256                             # the last batch is filled up
