@@ -2,7 +2,8 @@
 
 Writes the tuned model, adapters merged, so that the PyTorch class of diffusers that it came from
 (`diffusers`) or its Flax form (`flax`, for Stable Diffusion 1.x and 2.x) loads it; or the adapter
-alone (`lora`), for `load_lora_weights` of a PyTorch pipeline of the base model.
+alone (`lora`), for `load_lora_weights` of a PyTorch pipeline of the base model, with
+`--names=kohya` for ComfyUI, A1111 and kohya's trainers.
 """
 import pathlib
 import sys
@@ -17,6 +18,8 @@ _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpo
 _FORMAT = _FLAGS.define("enum", "format", "diffusers", ["diffusers", "flax", "lora"],
                         "Layout to write.")
 _OUTPUT = _FLAGS.define("string", "output", None, "Folder to write.")
+_NAMES = _FLAGS.define("enum", "names", "peft", ["peft", "kohya"],
+                       "Of an adapter's layers.")
 _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloat16"],
                        "Of the weights.")
 
@@ -27,7 +30,8 @@ def main(argv) -> None:
   try:
     if lora:
       adapter, denoiser = load_adapter_of(checkpoint)
-      save_adapter(adapter, _OUTPUT.value, denoiser, dtype=_DTYPE.value)
+      save_adapter(adapter, _OUTPUT.value, denoiser, dtype=_DTYPE.value,
+                   style=_NAMES.value)
     else:
       save_pipeline(load_tuned(checkpoint), _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
   except OSError as error:

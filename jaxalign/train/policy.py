@@ -9,7 +9,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from jaxalign.config.schema import Config
-from jaxalign.convert import load_adapter
+from jaxalign.convert import load_adapters
 from jaxalign.devices import sharding
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
@@ -76,14 +76,22 @@ def _teacher(path: str, pipeline: Pipeline):
 
 
 def starting_adapter(cfg: Config, pipeline: Pipeline):
-  """`model.lora`, that the policy starts from; or None, and the pipeline with it merged in."""
+  """`model.lora`, that the policy starts from; or None, and the pipeline with it merged in.
+
+  What it adapts of the text encoders, which are not trained, is merged into them in any case.
+  """
   weights = pipeline.weights
   try:
-    adapter = load_adapter(cfg.model.lora, weights, pipeline.denoiser_name)
+    parts = {name: pipeline.params[name] for name in (pipeline.denoiser_name,
+                                                      *pipeline.text_encoders)}
+    adapters = load_adapters(cfg.model.lora, parts, pipeline.denoiser_name)
   except UserError as error:
     raise UserError(f"model.lora={cfg.model.lora}: {error}") from error
+  adapter = adapters.pop(pipeline.denoiser_name, {})
+  params = {name: merged(pipeline.params[name], tree) for name, tree in adapters.items()}
+  pipeline = dataclasses.replace(pipeline, params={**pipeline.params, **params})
   if cfg.merges_lora:
-    return pipeline.with_weights(jax.device_get(lora.merge(weights, adapter))), None
+    return pipeline.with_weights(merged(weights, adapter)), None
   targets = pipeline.adapter_targets(cfg.model.lora_targets)
   expected = jax.eval_shape(
       lambda: lora.init(jax.random.key(0), weights, cfg.model.lora_rank, targets))
@@ -99,6 +107,12 @@ def starting_adapter(cfg: Config, pipeline: Pipeline):
       raise UserError(f"model.lora={cfg.model.lora}: has rank {rank} at "
                       f"{path.rpartition('/')[0]}, and model.lora_rank={cfg.model.lora_rank}")
   return pipeline, adapter
+
+
+def merged(weights, adapter):
+  """`lora.merge` on the host, in the dtypes that the weights have."""
+  return jax.tree.map(lambda x, like: np.asarray(x, like.dtype),
+                      jax.device_get(lora.merge(weights, adapter)), weights)
 
 
 def policy_weights(cfg: Config, policy, base):

@@ -283,7 +283,8 @@ def test_export_command(monkeypatch, tmp_path):
   run = runs.finished()
   adapter, denoiser = load_adapter_of(run)
   assert denoiser == "unet"
-  flags = {"_CHECKPOINT": run, "_FORMAT": "lora", "_OUTPUT": tmp_path, "_DTYPE": "float32"}
+  flags = {"_CHECKPOINT": run, "_FORMAT": "lora", "_OUTPUT": tmp_path, "_DTYPE": "float32",
+           "_NAMES": "peft"}
   for name, value in flags.items():
     monkeypatch.setattr(f"jaxalign.export.{name}", type("Flag", (), {"value": value}))
   export_main([])
