@@ -1,9 +1,10 @@
 """Command line: `python -m jaxalign.export --checkpoint=DIR --format=FORMAT --output=DIR`.
 
 Writes the tuned model, adapters merged, so that the PyTorch class of diffusers that it came from
-(`diffusers`) or its Flax form (`flax`, for Stable Diffusion 1.x and 2.x) loads it; or the adapter
-alone (`lora`), for `load_lora_weights` of a PyTorch pipeline of the base model, with
-`--names=kohya` for ComfyUI, A1111 and kohya's trainers.
+(`diffusers`) or its Flax form (`flax`, for Stable Diffusion 1.x and 2.x) loads it; as one file
+(`single`), for ComfyUI, A1111 and `from_single_file`; or the adapter alone (`lora`), for
+`load_lora_weights` of a PyTorch pipeline of the base model, with `--names=kohya` for ComfyUI, A1111
+and kohya's trainers.
 """
 import pathlib
 import sys
@@ -15,9 +16,10 @@ from jaxalign.train.restore import load_adapter_of, load_tuned
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
-_FORMAT = _FLAGS.define("enum", "format", "diffusers", ["diffusers", "flax", "lora"],
+_FORMAT = _FLAGS.define("enum", "format", "diffusers", ["diffusers", "flax", "single", "lora"],
                         "Layout to write.")
-_OUTPUT = _FLAGS.define("string", "output", None, "Folder to write.")
+_OUTPUT = _FLAGS.define("string", "output", None,
+                        "Folder to write; of `single` the file, NAME.safetensors.")
 _NAMES = _FLAGS.define("enum", "names", "peft", ["peft", "kohya"],
                        "Of an adapter's layers.")
 _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloat16"],

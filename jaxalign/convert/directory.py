@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxalign.convert import weights
-from jaxalign.convert.tensors import check_pointer
+from jaxalign.convert import single, weights
+from jaxalign.convert.tensors import check_pointer, look
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline, families
 from jaxalign.models.tokenizer import load_tokenizer
 
-FORMATS = ("diffusers", "flax")
+FORMATS = ("diffusers", "flax", "single")
 
 
 def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
@@ -25,7 +25,8 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
 
   Args:
     path: directory in diffusers' layout with safetensors (one file or sharded) or Flax msgpack
-      weights; or a hub id `organisation/name`, if `huggingface_hub` is installed.
+      weights; or a single-file checkpoint, see `single`; or a hub id `organisation/name`, if
+      `huggingface_hub` is installed.
     unet: weights that take the place of the directory's denoiser, of the same architecture: a file,
       or a folder like `unet/`. Only here a pickled file is read, through torch's `weights_only`.
     dtype: what the networks compute in; parameters are f32 in any case.
@@ -34,6 +35,9 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
   Raises:
     UserError: one line that names the file or config key at fault.
   """
+  if pathlib.Path(path).is_file():
+    pipeline = _from_file(pathlib.Path(path), dtype, remat, shapes_only)
+    return pipeline if shapes_only or not unet else _with_denoiser(pipeline, pathlib.Path(unet))
   folder = _resolve(path)
   index = read_json(folder / "model_index.json")
   configs, tokenizers = {"model_index": index}, {}
@@ -62,10 +66,31 @@ def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
     return dataclasses.replace(pipeline, params=shapes)
   params, stored, extras = {}, {}, {}
   for name in pipeline.networks:
-    source = pathlib.Path(unet) if unet and name == pipeline.denoiser_name else folder / name
+    if unet and name == pipeline.denoiser_name:
+      continue
     params[name], stored[name], extras[name] = weights.load(
-        source, name, shapes[name], as_stored=name in pipeline.as_stored)
-  return dataclasses.replace(pipeline, params=params, stored=stored, extras=extras)
+        folder / name, name, shapes[name], as_stored=name in pipeline.as_stored)
+  pipeline = dataclasses.replace(pipeline, params=params, stored=stored, extras=extras)
+  return _with_denoiser(pipeline, pathlib.Path(unet)) if unet else pipeline
+
+
+def _from_file(file: pathlib.Path, dtype, remat, shapes_only: bool) -> Pipeline:
+  if file.suffix not in single.SUFFIXES:
+    raise UserError(f"{file}: neither a directory nor a checkpoint file, which ends in "
+                    f"{', '.join(single.SUFFIXES)}")
+  return single.load_single(file, dtype=dtype, remat=remat, shapes_only=shapes_only)
+
+
+def _with_denoiser(pipeline: Pipeline, source: pathlib.Path) -> Pipeline:
+  """The pipeline with the denoiser's weights in `source`, in diffusers' or the original names."""
+  name = pipeline.denoiser_name
+  shapes = pipeline.param_shapes()[name]
+  params, stored, extras = weights.load(
+      source, name, shapes, lambda tensors: single.denoiser_tensors(tensors, pipeline, shapes),
+      as_stored=name in pipeline.as_stored)
+  return dataclasses.replace(
+      pipeline, params={**pipeline.params, name: params},
+      stored={**pipeline.stored, name: stored}, extras={**pipeline.extras, name: extras})
 
 
 def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params=None,
@@ -79,7 +104,7 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
     pipeline: what to write.
     path: the directory; new, empty, or a checkpoint.
     format: "diffusers" for the PyTorch class that it was read from, "flax" for its Flax form, which
-      few families have.
+      few families have, "single" for one file, as which `path` then is.
     params: `{"vae": tree, ...}` to write instead of the pipeline's own; may name some models only.
     dtype: "float32", "float16" or "bfloat16"; None keeps each tensor as it was stored.
   Raises:
@@ -89,6 +114,11 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
     raise UserError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
   if dtype is not None and dtype not in weights.DTYPES:
     raise UserError(f"dtype: {dtype!r} is not one of {', '.join(weights.DTYPES)}")
+  if format == "single":
+    _check_params(pipeline.params, {**pipeline.params, **(params or {})})
+    single.save_single(dataclasses.replace(pipeline, params={**pipeline.params, **(params or {})}),
+                       path, dtype=dtype)
+    return
   if format not in pipeline.formats:
     raise UserError(f"format: {format} is not written for {type(pipeline).__name__}")
   params = {**pipeline.params, **(params or {})}
@@ -141,7 +171,8 @@ def _resolve(path) -> pathlib.Path:
       for config in folder.glob("*/config.json")):
     folder = find_folder(path, patterns)
   if not (folder / "model_index.json").is_file():
-    raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json")
+    raise UserError(f"{folder}: not a diffusers directory, it has no model_index.json"
+                    f"{look(folder)}")
   return folder
 
 

@@ -37,12 +37,15 @@ def check_pointer(file: pathlib.Path) -> None:
     raise UserError(f"{file}: a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
 
 
-def read_safetensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Tensors and metadata. float8 comes as float16, which holds all of its values."""
+def read_safetensors(file: pathlib.Path, only=None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Tensors (those named in `only`, where given) and metadata.
+
+  float8 comes as float16, which holds all of its values.
+  """
   check_pointer(file)
   try:
     with safetensors.safe_open(file, "np") as content:
-      names = content.keys()
+      names = [name for name in content.keys() if only is None or name in only]
       kinds = {name: content.get_slice(name).get_dtype() for name in names}
       tensors = {name: content.get_tensor(name) for name in names if kinds[name] not in _FP8}
       metadata = content.metadata() or {}

@@ -8,6 +8,7 @@ words, and for odd characters the ids differ:
   "fast"        `CLIPTokenizerFast`, and `CLIPTokenizer` since transformers 5
   "open_clip"   open_clip's own, which unescapes HTML
 """
+import gzip
 import html
 import json
 import pathlib
@@ -27,6 +28,7 @@ CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_WORD = "</w>"
 _MAX_MERGES = 49152 - 256 - 2    # that CLIP uses of a longer merges.txt
+_CLIP_MERGES = pathlib.Path(__file__).resolve().parent.parent / "assets" / "clip_merges.txt.gz"
 _PROPERTIES = ("single_word", "lstrip", "rstrip", "normalized", "special")   # of added tokens
 
 
@@ -152,6 +154,22 @@ class Tokenizer(_Folder):
     self.vocab_size = max(vocab.values()) + 1
     self._apart, self._words = self._split_off(words, vocab, added, set(special.values()))
     self._vocab = vocab
+
+  @classmethod
+  def of_clip(cls, pad: str = _END) -> "Tokenizer":
+    """The one that CLIP's and OpenCLIP's text towers have; those of the latter pad with "!"."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]    # bytes that are themselves
+    letters = [chr(b) for b in kept] + [chr(256 + i) for i in range(256 - len(kept))]
+    merges = gzip.decompress(_CLIP_MERGES.read_bytes())
+    tokens = [*letters, *(letter + _END_OF_WORD for letter in letters),
+              *(line.replace(" ", "") for line in merges.decode("utf-8").splitlines()[1:]),
+              _START, _END]
+    special = {"bos_token": _START, "eos_token": _END, "pad_token": pad, "unk_token": _END}
+    config = special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    dump = lambda content: (json.dumps(content, indent=2) + "\n").encode()
+    return cls({"vocab.json": dump({token: i for i, token in enumerate(tokens)}),
+                "merges.txt": merges, "tokenizer_config.json": dump(config),
+                "special_tokens_map.json": dump(special)})
 
   def _json(self, name: str) -> dict:
     try:

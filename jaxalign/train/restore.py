@@ -31,15 +31,15 @@ def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
 
 
 def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
-  """The pipeline of a diffusers directory, of a finished run, or of a run's latest checkpoint.
+  """The pipeline of a diffusers directory or single file, of a run, or of its latest checkpoint.
 
   Args:
     dtype: what it computes in, "float32" or "bfloat16"; None for the run's, else "float32".
   Raises:
     UserError: the directory is none of these, or damaged.
   """
-  if not checkpoint.is_dir():
-    raise UserError(f"--checkpoint={checkpoint}: no such directory")
+  if not checkpoint.exists():
+    raise UserError(f"--checkpoint={checkpoint}: no such file or directory")
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")

@@ -168,8 +168,8 @@ def test_names_of_stable_diffusion_3(tmp_path):
   model = SD3Transformer2DModel.from_config(dict(
       sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2,
       qk_norm="rms_norm", attention_head_dim=8, num_attention_heads=2,
-      caption_projection_dim=16,
-      joint_attention_dim=16, pooled_projection_dim=8, pos_embed_max_size=8, dual_attention_layers=[0]))
+      caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=8,
+      pos_embed_max_size=8, dual_attention_layers=[0]))
   shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
   tree = adapter_of(shapes, StableDiffusion3Pipeline.lora_targets, rank=2)
   file = save_adapter(tree, tmp_path / "out", "transformer", style="kohya")
