@@ -209,7 +209,7 @@ def read_json(file: pathlib.Path) -> dict:
     content = json.loads(file.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{file}: not valid JSON ({error})") from error
   if not isinstance(content, dict):
     raise UserError(f"{file}: not a JSON object")

@@ -17,12 +17,11 @@ _FACTOR = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<a>A|B)(?:\.default)?|[._]lora(?:_linear_layer)?\.(?P<b>down|up)"
     r"|\.lora_(?P<c>down|up))\.weight")
 _FACTORS = {"A": "a", "B": "b", "down": "a", "up": "b"}
-# Parts of names that adapters of other kinds have.
+# Names that adapters of other kinds have.
 OTHER_KINDS = {
-    "dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "hada_": "a LoHa",
-    "lokr_": "a LoKr", "lora_mid": "a LoCon with a Tucker core", "oft_": "an OFT",
-    "boft_": "a BOFT", ".on_input": "an IA3", ".diff": "a file of full differences",
-    "glora": "a GLoRA",
+    r"\.dora_scale$|\.lora_magnitude_vector\b": "a DoRA", r"\.hada_": "a LoHa",
+    r"\.lokr_": "a LoKr", r"\.lora_mid\b": "a LoCon with a Tucker core", r"\.b?oft_": "an OFT",
+    r"\.on_input$": "an IA3", r"\.diff(_b)?$": "a file of full differences",
 }
 
 
@@ -30,7 +29,7 @@ def other_kind(names) -> tuple[str, str] | None:
   """What a file with these tensors is where that is no plain LoRA, and a tensor that shows it."""
   for mark, kind in OTHER_KINDS.items():
     for name in names:
-      if mark in name:
+      if re.search(mark, name):
         return kind, name
   return None
 

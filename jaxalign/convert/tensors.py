@@ -95,7 +95,8 @@ def read_sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
     files = json.loads(index.read_text())["weight_map"]
     shards = sorted({str(shard) for shard in files.values()})
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise UserError(f"{index}: not a safetensors index (no valid weight_map)") from error
+    raise UserError(f"{index}: not a safetensors index (no valid weight_map){look(index)}"
+                    ) from error
   tensors = {}
   for shard in shards:
     tensors.update(read_safetensors(index.parent / shard)[0])
@@ -110,7 +111,7 @@ def read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:
     return traverse_util.flatten_dict(tree, sep="/")
   except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
     raise UserError(f"{file}: truncated or corrupt msgpack file "
-                    f"({type(error).__name__})") from error
+                    f"({type(error).__name__}){look(file)}") from error
 
 
 def read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -128,13 +129,14 @@ def read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
             for name, x in state.items()}
   except Exception as error:  # torch lets through whatever a damaged file makes its parsers raise
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{file}: not a PyTorch state dict of plain tensors ({reason})") from error
+    raise UserError(f"{file}: not a PyTorch state dict of plain tensors ({reason}){look(file)}"
+                    ) from error
 
 
 def refused(file: pathlib.Path) -> UserError:
   """What is said of a pickle that nobody has named for what it is."""
   return UserError(f"{file}: pickled weights are refused, they can run code when loaded; convert "
-                   "them to safetensors")
+                   f"them to safetensors{look(file)}")
 
 
 def _is_pickle(file: pathlib.Path) -> bool:

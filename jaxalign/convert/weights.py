@@ -71,7 +71,7 @@ def _read_folder(folder: pathlib.Path, model: str):
   pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".ckpt")]
   if pickled:
     raise UserError(f"{folder / pickled[0]}: pickled weights are refused, they can run code when "
-                    f"loaded; convert them to {torch}")
+                    f"loaded; convert them to {torch}{look(folder / pickled[0])}")
   raise UserError(f"{folder}: no weights, looked for {torch}, {torch}.index.json, {half}, {flax}"
                   f"{look(folder)}")
 
