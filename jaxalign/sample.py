@@ -161,7 +161,7 @@ def main(argv) -> None:
     output.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
-  cut = pipeline.cut([*prompts, _NEGATIVE.value])
+  cut = pipeline.cut([text for text in (*prompts, _NEGATIVE.value) if text])
   if cut:
     print(cut)
   images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,

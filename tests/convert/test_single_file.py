@@ -16,7 +16,12 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.unet import UNet2DConditionModel
 from jaxalign.sampling import Schedule
-from jaxalign.testing.fixture import make_pipeline_dir
+from jaxalign.testing.fixture import (
+  make_pipeline_dir,
+  make_sd3_configs,
+  make_t5_tokenizer,
+  make_tokenizer,
+)
 from jaxalign.train.restore import load_tuned
 
 ABSENT = [None, None]
@@ -221,6 +226,26 @@ def test_half_precision_and_compiled_names(made, tmp_path):
   found = load_pipeline(tmp_path / "compiled.safetensors")
   for x, y in zip(*(jax.tree.leaves(p.params) for p in (found, pipeline))):
     np.testing.assert_array_equal(x, y.astype(np.float16).astype(np.float32))
+
+
+def test_t5_needs_its_tokenizer(made, tmp_path, capsys):
+  configs = configs_of("sd3")
+  configs["model_index"] |= dict(text_encoder_3=["transformers", "T5EncoderModel"],
+                                 tokenizer_3=["transformers", "T5TokenizerFast"])
+  configs["text_encoder_3"] = make_sd3_configs(make_tokenizer(), t5=True)["text_encoder_3"] | {
+      "d_model": 256}
+  pipeline = Pipeline.build(configs, {"tokenizer": tokenizer(), "tokenizer_2": tokenizer("!"),
+                                      "tokenizer_3": make_t5_tokenizer()})
+  pipeline.params["text_encoder"]["text_projection"]["kernel"] = np.eye(64, dtype=np.float32)
+  file = tmp_path / "sd35.safetensors"
+  save_pipeline(pipeline, file, format="single")
+  without = load_pipeline(file)
+  assert "text_encoder_3" not in without.networks
+  assert f"{file}: its T5 is left out" in capsys.readouterr().err
+  pipeline.tokenizers["tokenizer_3"].save(tmp_path / "tokenizer_3")
+  found = load_pipeline(file)
+  equal(found.params, pipeline.params)
+  assert not capsys.readouterr().err
 
 
 def change(file, tmp_path, edit):
