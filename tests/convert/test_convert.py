@@ -267,7 +267,7 @@ def test_not_a_checkpoint(tmp_path):
   fails(tmp_path, str(tmp_path), "model_index.json")
   fails(tmp_path / "nowhere", "not a directory")
   (tmp_path / "file").write_text("")
-  fails(tmp_path / "file", "not a directory")
+  fails(tmp_path / "file", "neither a directory nor a checkpoint file")
 
 
 def test_hub_ids(monkeypatch):
