@@ -114,7 +114,10 @@ def load(source: pathlib.Path, model: str, shapes,
   """
   file, format, tensors = _read(source, model)
   if format == "diffusers":
-    tensors = adapt(plain_names(tensors))
+    tensors = plain_names(tensors)
+    if "embeddings.token_embedding.weight" in tensors:   # transformers 5 without its wrapper
+      tensors = {f"text_model.{name}": x for name, x in tensors.items()}
+    tensors = adapt(tensors)
   return fit(file, model, shapes, tensors, format=format, as_stored=as_stored)
 
 

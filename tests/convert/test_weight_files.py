@@ -78,6 +78,17 @@ def test_names_of_compiled_networks(folder, fixture_folder, weights, prefix):
   same(flat(folder), flat(fixture_folder))
 
 
+def test_text_encoder_without_its_wrapper(folder, fixture_folder):
+  """transformers since 5.6 has no `text_model` in the class."""
+  file = folder / "text_encoder" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  safetensors.numpy.save_file({name.removeprefix("text_model."): x for name, x in tensors.items()},
+                              file)
+  ours, theirs = (traverse_util.flatten_dict(load_pipeline(path).params["text_encoder"], sep="/")
+                  for path in (folder, fixture_folder))
+  same(ours, theirs)
+
+
 def test_numbers_that_are_not_finite(folder, weights):
   for bad in (np.nan, np.inf):
     x = weights[QUERY].copy()
