@@ -63,7 +63,8 @@ class Config(forward_process.Config):
   def row_loss(self, out, row):
     log_p = self.log_likelihood(out, row)
     before = self.log_likelihood(row.start, row) if self.reads_start else log_p
-    rho, adv = jnp.exp(log_p - jax.lax.stop_gradient(before)), row.adv / self.advantage_clip
+    log_rho = jnp.minimum(log_p - jax.lax.stop_gradient(before), 20.0)      # stays finite
+    rho, adv = jnp.exp(log_rho), row.adv / self.advantage_clip
     each = jnp.maximum(-adv * rho, -adv * jnp.clip(rho, 0.0, 2.0))
     metrics = {"train/ratio": rho, "train/clip_fraction": (rho > 2).astype(jnp.float32)}
     if self.kl_old:
