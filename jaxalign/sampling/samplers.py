@@ -180,6 +180,22 @@ def make_sampler(schedule: Schedule, steps: int, *, kind: str = "ddim", eta: flo
                  memoryless=kind == "ddpm" or kind == "ddim" and eta == 1)
 
 
+def noisy_within(schedule: Schedule, sampler: Sampler, start, stop) -> Sampler:
+  """`sampler` with no noise outside the steps `[start, stop)`, whose bounds may be traced.
+
+  The steps outside are Euler's (DDIM's with eta 0), between the same levels, so that one compiled
+  program samples every window. `lam` and `rate` of the result are not defined: take the sampler's.
+  """
+  a, b = _keeping(schedule, np.stack([sampler.alpha, sampler.sigma]),
+                  np.stack([sampler.alpha_next, sampler.sigma_next]), np.zeros(sampler.steps))
+  k = np.arange(sampler.steps)
+  inside = (k >= start) & (k < stop)
+  f32 = lambda values: jnp.asarray(values, jnp.float32)
+  rows = {name: jnp.where(inside, f32(getattr(sampler, name)), f32(still))
+          for name, still in (("x_coef", a), ("out_coef", b), ("std", 0.0 * k))}
+  return dataclasses.replace(sampler, **rows, memoryless=False)
+
+
 # ---- where a sampler stops: times [T+1] and levels [2, T+1] -------------------------------------
 
 
