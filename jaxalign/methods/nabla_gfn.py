@@ -32,6 +32,7 @@ from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
 from jaxalign.methods.shared.optimizer import accumulated_gradients, ema_update, make_optimizer
+from jaxalign.methods.shared.reward_gradient import perturbed_gradient
 from jaxalign.sampling import expand, pull_back
 
 
@@ -168,15 +169,8 @@ def value_gradient(models: Models, cfg: Config, policy, frozen, x, t, at_end, ro
                         rows["conditioning"])
     return jnp.where(expand(at_end, x), x, models.schedule.to_x0(out, x, t))
 
-  def reward(x0):
-    def one(key):
-      noise = cfg.perturb_std * jax.random.normal(key, x0.shape) if cfg.perturb_std else 0.0
-      images = models.decode(frozen["decoder"], x0 + noise)
-      return models.score(frozen["reward"], images, rows["prepared"]).sum()
-    return sum(one(k) for k in jax.random.split(key, cfg.perturbations)) / cfg.perturbations
-
   x0, to_x = jax.vjp(estimate, x)
-  gradient, = to_x(jax.grad(reward)(x0))
+  gradient, = to_x(perturbed_gradient(models, cfg, frozen, x0, rows["prepared"], key))
   gradient, norms = cap_norms(gradient, cap)
   gamma = jnp.where(at_end, 1.0, gamma_at(cfg.gamma, models.schedule.levels(t)[0]))
   return expand(gamma, x) * gradient, norms
@@ -207,7 +201,7 @@ def reverse_score(models: Models, cfg: Config, policy, frozen, k, x_k, x_next, c
 
   def mean(policy):
     output = lambda params, x, t, conditioning: models.output(policy, frozen, x, t, conditioning)
-    (mu, _), pull = pull_back(output, (), models.sampler, k, x_k, conditioning)
+    (mu, _), pull, _ = pull_back(output, (), models.sampler, k, x_k, conditioning)
     return mu, lambda cotangent: pull((cotangent, jnp.zeros_like(cotangent)))[1]
   mu_ref, pull_ref = mean(None)
   mu, pull = mean(policy)

@@ -182,7 +182,7 @@ def first_update(module, cfg, models, size=64, rewards=None, optim=DESCENT):
   method = module.make(models, cfg, optim)
   batch = analytic.make_batch(size)
   state = method.init(KEY, models.frozen, batch)
-  experience = method.collect(state, models.frozen, batch, KEY)
+  experience = jax.jit(method.collect)(state, models.frozen, batch, KEY)
   rewards = experience["final"][:, 0] if rewards is None else rewards
   return method, state, experience, *jax.jit(method.update)(
       state, models.frozen, experience, rewards, KEY)
@@ -206,7 +206,7 @@ def test_old_has_no_gradient():
   policy = models.init_policy(KEY, models.frozen)
   of = lambda old: fp.loss(models, cfg, policy, {"old": old, "start": policy}, models.frozen,
                            rows)[0]
-  assert all(np.all(g == 0) for g in jax.tree.leaves(jax.grad(of)(policy)))
+  assert all(np.all(g == 0) for g in jax.tree.leaves(jax.jit(jax.grad(of))(policy)))
 
 
 def test_the_budget_ends_training():
@@ -216,9 +216,10 @@ def test_the_budget_ends_training():
   method = nft.make(models, cfg, OptimConfig(lr=0.01))
   batch = analytic.make_batch(32)
   state, tilts, update = method.init(KEY, models.frozen, batch), [], jax.jit(method.update)
+  collect = jax.jit(method.collect)
   states = []
   for i in range(5):
-    experience = method.collect(state, models.frozen, batch, jax.random.fold_in(KEY, i))
+    experience = collect(state, models.frozen, batch, jax.random.fold_in(KEY, i))
     state, metrics = update(state, models.frozen, experience, experience["final"][:, 0], KEY)
     tilts.append(float(metrics["train/tilt"]))
     states.append(state)
