@@ -96,6 +96,17 @@ def test_presets_change_the_method_only():
     runs.recipe("smoke,relase")
 
 
+@pytest.mark.parametrize("preset", ["", *PRESETS])
+def test_the_published_fast_setting_of_nabla_gfn(preset):
+  """32 trajectories and one optimiser step of all of them, whatever the preset; AdamW as there."""
+  config = parse(runs.recipe(f"sd15,{preset}"))
+  assert (config.sample.batch, config.method.minibatches, config.method.strata) == (
+      32, 1, 10 if preset == "final_latent" else 5)
+  assert (config.optim.b1, config.optim.b2, config.optim.lr) == (0.9, 0.999, 1e-3)
+  published = preset in ("paper", "release", "no_flow")
+  assert config.method.gamma_at_output == published
+
+
 def test_what_the_published_b2_code_computes():
   """Five branches, uniform steps, and a clip range for the size of the emoji model's latents."""
   published, default = (parse(runs.recipe(a, "b2_diffurl")) for a in ("emoji,b2_code", "emoji"))
