@@ -20,6 +20,7 @@ from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.dpok import PRESETS as DPOK_PRESETS
 from jaxalign.methods.draft import PRESETS as DRAFT_PRESETS
+from jaxalign.methods.fk_steering import PRESETS as FK_PRESETS
 from jaxalign.methods.flow_grpo import PRESETS as FLOW_GRPO_PRESETS
 from jaxalign.methods.mapo import PRESETS as MAPO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
@@ -34,7 +35,7 @@ THIRTEEN = ("alignprop", "b2_diffurl", "best_of_n", "ddpo", "diff_instruct_pp",
             "sft")
 # Recipes of all sizes, with their presets on the largest.
 OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "dpok": DPOK_PRESETS,
-          "flow_grpo": FLOW_GRPO_PRESETS, "nft": NFT_PRESETS, "ram": {}}
+          "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS, "nft": NFT_PRESETS, "ram": {}}
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),

@@ -21,6 +21,7 @@ MIXTURE = analytic.Mixture(np.asarray([0.4, 0.6]), np.asarray([[-1.0, 0.5], [1.0
                            np.asarray([0.3, 0.6]))
 LINEAR, QUADRATIC = analytic.linear_reward([1.0]), analytic.quadratic_reward([2.0])
 VP, FLOW = analytic.SD_SCHEDULE, analytic.FLOW_SCHEDULE
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)      # more of the same
 
 
 def config(**options):
@@ -169,12 +170,13 @@ def test_first_gradient_is_twice_that_of_draft():
 
 
 CHAINS = [
-    (dict(steps=10), .882920, 1.324379, .297866), (dict(steps=20), 1.102615, 1.653923, .369599),
+    slow(dict(steps=10), .882920, 1.324379, .297866),
+    slow(dict(steps=20), 1.102615, 1.653923, .369599),
     (dict(steps=50), 1.294062, 1.941092, .432810),
     (dict(steps=50, eta=0.75), 1.289036, 1.933553, .450162),
-    (dict(steps=50, eta=0.25), .393422, .590133, .466490),
+    slow(dict(steps=50, eta=0.25), .393422, .590133, .466490),
     (dict(steps=20, schedule=FLOW), 1.162571, 1.743856, .387524),
-    (dict(steps=20, schedule=FLOW, shift=3.0), .981250, 1.471875, .327083),
+    slow(dict(steps=20, schedule=FLOW, shift=3.0), .981250, 1.471875, .327083),
     (dict(steps=20, schedule=FLOW, kind="flow_sde", eta=0.7), 1.375483, 2.063225,
      .486672)]
 
@@ -198,6 +200,7 @@ def test_linear_rewards_shift_the_chain(options, shift, kl, variance):
   assert models.sampler.memoryless == (options.get("eta", 1) == 1)
 
 
+@pytest.mark.slow
 def test_an_affine_policy_finds_it_too():
   """VP of 50 steps, every step, even weights, plain descent: slopes go to 0 again."""
   models = chain(50)
@@ -207,7 +210,7 @@ def test_an_affine_policy_finds_it_too():
   assert (v, kl) == (pytest.approx(.432810, abs=2e-4), pytest.approx(1.941092, abs=1e-3))
 
 
-@pytest.mark.parametrize("weighting", ["eps", "control"])
+@pytest.mark.parametrize("weighting", ["eps", slow("control")])
 def test_a_subset_of_steps_has_the_same_minimum(weighting):
   """Strata and the last step, micro-batches, both weightings."""
   models = chain(20)

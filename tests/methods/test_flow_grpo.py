@@ -20,6 +20,7 @@ MEAN, VAR = 0.7, 0.5
 GAUSSIAN = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))
 FLOW = analytic.FLOW_SCHEDULE
 LINEAR = analytic.linear_reward([1.0])
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)      # more of the same
 DESCENT = OptimConfig(lr=1e6, eps=1e6, b1=0.0, clip_norm=0.0)
 
 
@@ -126,7 +127,8 @@ def test_windows_of_the_relatives():
   assert tuple(at(flow_grpo.Config(), 10, 0)) == (0, 9)
 
 
-@pytest.mark.parametrize("preset", ["", *flow_grpo.PRESETS])
+@pytest.mark.parametrize("preset", ["flow_grpo_fast", "flow_grpo_tilt", slow(""), slow("dance"),
+                                    slow("mix")])
 def test_steps_outside_the_window_have_no_gradient(preset):
   """Nor a NaN where there is no noise, the last step among them; others have one."""
   options = {**flow_grpo.PRESETS.get(preset, {}), "group": 4, "minibatches": 1}
@@ -236,7 +238,7 @@ def constants(models):
           dict(v, policy=only_bias(v["policy"])), x, t, cond)), policy
 
 
-@pytest.mark.parametrize("window, reach, variance", [((0, 8), .42502, .455376),
+@pytest.mark.parametrize("window, reach, variance", [slow((0, 8), .42502, .455376),
                                                      ((0, 4), .41490, .459279)])
 def test_flow_grpo_tilt_reaches_what_its_noise_does(window, reach, variance):
   """R = x, Lam = 1 / kl = 2: a shift of Lam times the reach, and the variance of the chain."""
@@ -265,7 +267,7 @@ def dpok_config(**options):
                         **options})
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [slow(1), 4])
 def test_dpok_shifts_by_the_inverse_of_kl(size):
   """R = x, kl 1/3, VP of 20 steps: shift 1.102615, path KL 1.653923; of each dimension alike."""
   data = analytic.Mixture(np.ones(1), np.full((1, size), MEAN), np.asarray([VAR]))

@@ -20,6 +20,7 @@ GAUSSIAN = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))
 # Plain descent of rate 1.
 DESCENT = OptimConfig(lr=1e6, eps=1e6, b1=0.0, clip_norm=0.0)
 SHAPE = (6, 3, 2)
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)      # more of the same
 
 
 def some_row(adv, **entries):
@@ -362,7 +363,7 @@ def test_nft_tilts_on_for_ever():
 
 
 @pytest.mark.parametrize("steps, mean, variance", [
-    (4, 1.54746, 0.19347), (8, 1.51177, 0.19728), (16, 1.49525, 0.19869)])
+    slow(4, 1.54746, 0.19347), (8, 1.51177, 0.19728), slow(16, 1.49525, 0.19869)])
 def test_a_budget_is_an_integrator_of_the_tilt(steps, mean, variance):
   """R = -(x - 2)^2 / 2 in K steps of 3 / K: the error of the exact tilt (1.48, 0.2) halves."""
   m, v = epochs_of(nft.Config(weighting="own", prox=steps / 3), quadratic, steps)
