@@ -176,7 +176,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def init(key, frozen, batch):
     state = learner.init(models.init_policy(key, frozen))
-    return {**state, "limit": jnp.full(trained, jnp.inf)} if cfg.clip_quantile else state
+    return {**state, "limit": jnp.full(trained, jnp.inf, jnp.float32)} if cfg.clip_quantile else state
 
   def collect(state, frozen, batch, key):
     trajectory = models.rollout(state["policy"], frozen, batch, key)
@@ -186,7 +186,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def update(state, frozen, experience, rewards, key):
     batch = experience["batch"]
-    limit = state.get("limit", jnp.full(trained, jnp.inf))
+    limit = state.get("limit", jnp.full(trained, jnp.inf, jnp.float32))
     key_steps, key_train = jax.random.split(key)
     chosen = choose_steps(cfg, key_steps, experience["final"].shape[0], sampler.steps)
     rows = {"latents": experience["latents"], "conditioning": batch["conditioning"],

@@ -27,7 +27,7 @@ def world(reward="L", steps=20):
 
 
 @functools.cache
-def finished(reward, size=4000, **options):
+def finished(reward, size=3000, **options):
   """Final particles `[B, K]`, weights, log Z, and the product's image `[B]`, of whole runs."""
   models, cfg = world(reward), fk.Config(**{"beta": 3.0, "beta_unit": "raw", **options})
   method, batch = fk.make(models, cfg, OptimConfig()), analytic.make_batch(size)
@@ -58,7 +58,7 @@ def options_of(points, k, **more):
 
 
 @pytest.mark.parametrize("reward, points, k, bias", [
-    slow("L", "end", 4, -.608), ("L", "every", 4, -.328), slow("L", "every", 16, -.088),
+    slow("L", "end", 4, -.608), slow("L", "every", 4, -.328), slow("L", "every", 16, -.088),
     slow("L", "four", 4, -.421), slow("L", "four", 16, -.141), slow("Q", "end", 4, -.198),
     slow("Q", "every", 4, -.035), ("Q", "four", 4, -.086), slow("Q", "four", 16, -.0129)])
 def test_bias_of_the_weighted_mean(reward, points, k, bias):
@@ -66,21 +66,21 @@ def test_bias_of_the_weighted_mean(reward, points, k, bias):
   x, weights, _, _, _ = finished(reward, **options_of(points, k))
   means = (weights * x).sum(1)
   error = means.std() / np.sqrt(len(means))
-  assert abs(means.mean() - TARGET[reward][0] - bias) < 4 * error + 0.003 and error < 0.011
+  assert abs(means.mean() - TARGET[reward][0] - bias) < 4 * error + 0.003 and error < 0.012
 
 
 @pytest.mark.parametrize("reward, potential", [
-    ("L", "diff"), ("Q", "max"), slow("L", "max"), slow("Q", "diff"), slow("L", "plain")])
+    slow("L", "diff"), ("Q", "max"), slow("L", "max"), slow("Q", "diff"), slow("L", "plain")])
 def test_the_normaliser_is_unbiased(reward, potential):
   """E[Z^] = Z exactly, whatever the potential, resampling by effective size included."""
   more = dict(potential=potential, ess=0.5 if potential == "diff" else 2.0)
-  _, _, log_z, _, _ = finished(reward, size=20_000, **options_of("four", 16, **more))
+  _, _, log_z, _, _ = finished(reward, size=8_000, **options_of("four", 16, **more))
   ratio = np.exp(log_z - TARGET[reward][2])
   error = ratio.std() / np.sqrt(len(ratio))
   assert abs(ratio.mean() - 1) < 4.5 * error and error < 0.06
 
 
-@pytest.mark.parametrize("reward, variance", [("L", .363), slow("Q", .181)])
+@pytest.mark.parametrize("reward, variance", [slow("L", .363), slow("Q", .181)])
 def test_a_drawn_particle_has_the_tilts_law(reward, variance):
   """K = 16, every step: its image is made by the plain sampler from the noise that is the product.
   """
@@ -92,6 +92,7 @@ def test_a_drawn_particle_has_the_tilts_law(reward, variance):
   np.testing.assert_allclose(reward_of, state["best_reward"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_particle_is_not_the_tilt():
   """L, K = 4: mean 1.79, where the weighted mean is 1.48."""
   _, _, _, image, _ = finished("L", **options_of("every", 4, output="argmax_reward"))
