@@ -174,9 +174,11 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   inner = models if cfg.guidance == "one" else dataclasses.replace(models, guidance=1.0)
   beta = cfg.beta / models.reward_std if cfg.beta_unit == "sigma" else cfg.beta
 
+  no_limit = lambda: jnp.full(trained, jnp.inf, jnp.float32)
+
   def init(key, frozen, batch):
     state = learner.init(models.init_policy(key, frozen))
-    return {**state, "limit": jnp.full(trained, jnp.inf, jnp.float32)} if cfg.clip_quantile else state
+    return {**state, "limit": no_limit()} if cfg.clip_quantile else state
 
   def collect(state, frozen, batch, key):
     trajectory = models.rollout(state["policy"], frozen, batch, key)
@@ -186,7 +188,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def update(state, frozen, experience, rewards, key):
     batch = experience["batch"]
-    limit = state.get("limit", jnp.full(trained, jnp.inf, jnp.float32))
+    limit = state["limit"] if cfg.clip_quantile else no_limit()
     key_steps, key_train = jax.random.split(key)
     chosen = choose_steps(cfg, key_steps, experience["final"].shape[0], sampler.steps)
     rows = {"latents": experience["latents"], "conditioning": batch["conditioning"],

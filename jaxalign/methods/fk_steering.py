@@ -139,7 +139,8 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     start = jnp.full_like(each, -jnp.inf) if cfg.potential == "max" else each
     return {"noise": noise, "x": models.sampler.input_scale * noise[:, :, 0], "log_w": each,
             "carry": start, "spent": each, "log_z": jnp.zeros(size), "best": noise[:, 0],
-            "best_reward": jnp.full(size, -jnp.inf, jnp.float32), "best_step": jnp.zeros(size, jnp.int32),
+            "best_reward": jnp.full(size, -jnp.inf, jnp.float32),
+            "best_step": jnp.zeros(size, jnp.int32),
             "updates": jnp.asarray(0, jnp.int32)}
 
   def collect(state, frozen, batch, key):
