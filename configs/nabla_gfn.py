@@ -41,6 +41,7 @@ def get_config(arg="emoji"):
     config.method.strata, config.method.serial = 5, True
     config.sample.batch, config.sample.steps, config.sample.guidance = 32, 50, 5.0
     config.optim.lr, config.optim.weight_decay, config.optim.accumulate = 1e-3, 1e-4, 4
+    config.optim.b2 = 0.999
     config.train.steps, config.train.checkpoint_every, config.eval.every = 400, 50, 50
     config.train.patience = 0                   # the judge knows emoji only
     config.eval.batch = 8
@@ -52,4 +53,6 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   if size in recipes.SMOKE:
     config.method.strata = 2       # of its four steps
+  elif size != "emoji":
+    config.method.minibatches = 1  # the batch is the fast setting's; those presets' is 16 times it
   return config

@@ -88,6 +88,32 @@ def make_sd35(config: ml_collections.ConfigDict) -> None:
   config.eval.batch = 16
 
 
+def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
+  """Sizes of NFT, AWM and RAM: endpoints of a deterministic sampler without guidance.
+
+  `sd35` is NFT's published size; `emoji` and `sd15` are ours.
+  """
+  config.sample.kind, config.sample.steps, config.sample.guidance = "dpm2", 10, 1.0
+  if size in SMOKE:
+    make_smoke(config, size)
+    config.method.group, config.method.levels = 4, 2
+    return
+  config.sample.batch, config.method.minibatches = 64, 2
+  config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
+  config.optim.lr, config.optim.warmup = 3e-4, 4
+  if size == "emoji":
+    return
+  config.train.patience, config.eval.batch = 0, 16          # the judge knows emoji only
+  if size == "sd35":
+    make_sd35(config)
+    config.sample.kind, config.sample.guidance, config.sample.batch = "dpm2", 1.0, 1152
+    config.method.group, config.method.minibatches, config.optim.accumulate = 24, 1, 6
+  else:
+    config.model.path = ""                    # --config.model.path=DIR
+    config.model.remat, config.sample.steps = "block", 20
+    config.optim.accumulate = 4
+
+
 def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
   """Full fine-tuning on Pick-a-Pic v2 at the published size: 2048 pairs, 2000 updates."""
   config.model.path = ""                    # --config.model.path=DIR

@@ -51,7 +51,8 @@ class Config:
     space: unit of y: "eps", "score" (eps / s) or "x0" (eps s / a).
     weight: w(t): "constant"; "edm", `(a^2 + s^2) / s^2`, EDM's for errors of x_0 where latents
       have unit spread; "half_dsigma2", for space "score": with gradient "full" and l2 the
-      divergence is then the KL of clean samples; "dmd_norm", one over the mean of `|x_0 - x0_ref|`
+      divergence is then the KL of clean samples, less what the levels beyond t_min and t_max add (4
+      % at the defaults); "dmd_norm", one over the mean of `|x_0 - x0_ref|`
       of each sample, `x0_ref` the guided teacher's clean estimate: SiD's and DMD's, with space
       "x0".
     guidance: scale of the teacher, 1 is off. guidance_in: whether it is inside y (else its

@@ -32,6 +32,7 @@ from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
 from jaxalign.methods.shared.optimizer import accumulated_gradients, ema_update, make_optimizer
+from jaxalign.methods.shared.reward_gradient import perturbed_gradient
 from jaxalign.sampling import expand, pull_back
 
 
@@ -55,6 +56,10 @@ class Config:
     flow_lr, flow_weight_decay: optimiser of g_phi.
     gamma: factor of the forward-looking guess at level alpha: "one", "sqrt_abar" (alpha itself) or
       "abar" (its square). At the output, where the guess is the reward gradient itself, it is 1.
+    gamma_at_output: whether gamma of the output's own level, which is not quite clean, multiplies
+      that too, as published.
+    terminal_mean: of the terminal loss: over the "last" transitions, or over all "rows", as
+      published, which is `strata + 1` times less.
     x0_net: network of the one-step estimate in the guess: "ref", or "theta" (the policy, as in the
       paper; with gamma "one" its slope feeds back into its own target and can diverge).
     reward_grad: "onestep" (through the denoiser at every chosen transition) or "final_latent" (one
@@ -65,7 +70,8 @@ class Config:
     prox: lambda >= 0 of the output regularisation, per mean squared difference of the network's
       outputs to those at sampling. It acts from the second optimiser step on a batch of
       trajectories, so it needs `minibatches` > 1 or `replay_lag` 1.
-    replay_lag: 0 trains on the fresh trajectories, 1 on those of the update before.
+    replay_lag: 0 trains on the fresh trajectories, 1 on those of the update before; the first one
+      then only samples.
     strata: transitions drawn per trajectory, one from each of this many equal ranges of steps.
     always_final: whether the last transition is trained on besides.
     serial: whether the reward gradients of a trajectory's transitions are taken one after the
@@ -85,6 +91,8 @@ class Config:
   flow_lr: NonNegative = 1e-3
   flow_weight_decay: NonNegative = 1e-2
   gamma: Literal["one", "sqrt_abar", "abar"] = "sqrt_abar"
+  gamma_at_output: bool = False
+  terminal_mean: Literal["last", "rows"] = "last"
   x0_net: Literal["theta", "ref"] = "ref"
   reward_grad: Literal["onestep", "final_latent"] = "onestep"
   perturbations: Count = 1
@@ -116,14 +124,15 @@ class Config:
 # What the published code and paper do where our defaults differ; arguments of the recipe.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(flow=True, reverse="sampled", weighting="score", perturbations=3, perturb_std=0.1,
-                  gamma="abar", x0_net="theta", prox=2000.0, replay_lag=1, beta_unit="raw",
-                  beta=1e4, strata=5, minibatches=2),
+                  gamma="abar", gamma_at_output=True, terminal_mean="rows", x0_net="theta",
+                  prox=2000.0, replay_lag=1, beta_unit="raw", beta=1e4, strata=5, minibatches=2),
     "release": dict(flow=True, reverse="sampled", flow_target_stopgrad=False, weighting="score",
-                    gamma="abar", x0_net="theta", prox=2000.0, replay_lag=1, beta_unit="raw",
-                    beta=1e4, strata=5, minibatches=2, optimizer_repeats=2,
-                    train_last_reverse=False),
-    "no_flow": dict(flow=False, reverse="off", weighting="score", gamma="abar", x0_net="theta",
-                    prox=2000.0, replay_lag=1, beta_unit="raw", beta=1e4, strata=5, minibatches=2),
+                    gamma="abar", gamma_at_output=True, terminal_mean="rows", x0_net="theta",
+                    prox=2000.0, replay_lag=1, beta_unit="raw", beta=1e4, strata=5, minibatches=2,
+                    optimizer_repeats=2, train_last_reverse=False),
+    "no_flow": dict(flow=False, reverse="off", weighting="score", gamma="abar",
+                    gamma_at_output=True, x0_net="theta", prox=2000.0, replay_lag=1,
+                    beta_unit="raw", beta=1e4, strata=5, minibatches=2),
     "final_latent": dict(reward_grad="final_latent", weighting="std", prox=100.0, beta_unit="raw",
                          beta=5e5, strata=10),
 }
@@ -168,17 +177,12 @@ def value_gradient(models: Models, cfg: Config, policy, frozen, x, t, at_end, ro
                         rows["conditioning"])
     return jnp.where(expand(at_end, x), x, models.schedule.to_x0(out, x, t))
 
-  def reward(x0):
-    def one(key):
-      noise = cfg.perturb_std * jax.random.normal(key, x0.shape) if cfg.perturb_std else 0.0
-      images = models.decode(frozen["decoder"], x0 + noise)
-      return models.score(frozen["reward"], images, rows["prepared"]).sum()
-    return sum(one(k) for k in jax.random.split(key, cfg.perturbations)) / cfg.perturbations
-
   x0, to_x = jax.vjp(estimate, x)
-  gradient, = to_x(jax.grad(reward)(x0))
+  gradient, = to_x(perturbed_gradient(models, cfg, frozen, x0, rows["prepared"], key))
   gradient, norms = cap_norms(gradient, cap)
-  gamma = jnp.where(at_end, 1.0, gamma_at(cfg.gamma, models.schedule.levels(t)[0]))
+  gamma = gamma_at(cfg.gamma, models.schedule.levels(t)[0])
+  if not cfg.gamma_at_output:
+    gamma = jnp.where(at_end, 1.0, gamma)
   return expand(gamma, x) * gradient, norms
 
 
@@ -207,7 +211,7 @@ def reverse_score(models: Models, cfg: Config, policy, frozen, k, x_k, x_next, c
 
   def mean(policy):
     output = lambda params, x, t, conditioning: models.output(policy, frozen, x, t, conditioning)
-    (mu, _), pull = pull_back(output, (), models.sampler, k, x_k, conditioning)
+    (mu, _), pull, _ = pull_back(output, (), models.sampler, k, x_k, conditioning)
     return mu, lambda cotangent: pull((cotangent, jnp.zeros_like(cotangent)))[1]
   mu_ref, pull_ref = mean(None)
   mu, pull = mean(policy)
@@ -232,7 +236,9 @@ def targets(models: Models, cfg: Config, trainable, frozen, beta, cap, rows, key
   if cfg.reward_grad == "final_latent":
     guess, norms = rows["final_gradient"], rows["final_norm"]
     gamma = gamma_at(cfg.gamma, sampler.at("alpha_next", rows["k"]))
-    guess = guess * expand(jnp.where(at_end, 1.0, gamma), guess)
+    if not cfg.gamma_at_output:
+      gamma = jnp.where(at_end, 1.0, gamma)
+    guess = guess * expand(gamma, guess)
   else:
     t_next = sampler.at("next_timesteps", rows["k"])
     guess, norms = value_gradient(models, cfg, policy, frozen, rows["x_next"], t_next, at_end, rows,
@@ -273,8 +279,8 @@ def loss(models: Models, cfg: Config, trainable, frozen, rows):
     g_next = models.flow.apply(trainable["flow"], rows["x_next"], t_next, cond.cond)
     g_target = jax.lax.stop_gradient(g_next) if cfg.flow_target_stopgrad else g_next
     h = h + jnp.where(expand(last, h), 0.0, g_target)     # the value at the output is R itself
-    parts["terminal"] = jnp.where(last, jnp.square(g_next).mean(axes), 0.0).sum() / jnp.maximum(
-        last.sum(), 1)
+    count = jnp.maximum(last.sum(), 1) if cfg.terminal_mean == "last" else last.size
+    parts["terminal"] = jnp.where(last, jnp.square(g_next).mean(axes), 0.0).sum() / count
   residual = forward_residual(sampler, k, out, out_ref, rows["x_k"], rows["x_next"], h,
                               cfg.pretrained_strength)
   lam, rate = sampler.at("lam", k), sampler.at("rate", k)
@@ -400,9 +406,10 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
 
   def update(state, frozen, experience, rewards, key):
     key_steps, key_train, key_final = jax.random.split(key, 3)
+    before = state
     if cfg.replay_lag:
       fresh = experience
-      # Before there is anything to replay, the fresh trajectories stand in.
+      # Before there is anything to replay, the fresh trajectories stand in, and nothing is learned.
       experience = jax.tree.map(
           lambda old, new: jnp.where(state["updates"] > 0, old, new), state["replay"], fresh)
     size = experience["final"].shape[0]
@@ -426,7 +433,10 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
       logged.append(metrics)
     metrics = jax.tree.map(lambda *values: sum(values) / cfg.minibatches, *logged)
     if cfg.replay_lag:
-      state["replay"] = fresh
+      kept = {name: value for name, value in before.items() if name not in ("replay", "updates")}
+      learned = jax.tree.map(lambda new, old: jnp.where(before["updates"] > 0, new, old),
+                             {name: state[name] for name in kept}, kept)
+      state = {**learned, "updates": state["updates"], "replay": fresh}
     return state, metrics
 
   def product(state):

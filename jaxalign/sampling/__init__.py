@@ -10,11 +10,12 @@ from jaxalign.sampling.rollout import (
     step_noise,
     transition,
 )
-from jaxalign.sampling.samplers import Sampler, make_sampler
+from jaxalign.sampling.samplers import Sampler, make_sampler, noisy_within
 from jaxalign.sampling.schedule import ONE_STEP_KEY, ONE_STEP_SCALE_KEY, Schedule, expand
 
 __all__ = [
     "ONE_STEP_KEY", "ONE_STEP_SCALE_KEY", "Conditioning", "Guided", "Sampler", "Schedule",
     "Trajectory", "branches", "differentiable_rollout", "expand", "guided", "guided_output",
-    "initial_noise", "make_sampler", "pull_back", "replay", "rollout", "step_noise", "transition",
+    "initial_noise", "make_sampler", "noisy_within", "pull_back", "replay", "rollout", "step_noise",
+    "transition",
 ]

@@ -145,18 +145,19 @@ def pull_back(output_fn, params, sampler: Sampler, k, x_k, conditioning):
   """A transition's mean and clean estimate at `x_k`, and what takes cotangents of them back.
 
   The vector-Jacobian product of one step, of which the adjoint of a chain is made: `replay`, the
-  reverse score of nabla-GFN.
+  reverse score of nabla-GFN, adjoint matching.
 
   Args:
     output_fn: `(params, x_t, t, conditioning) -> output` of the network.
     k: scalar or `[B]`.
   Returns:
-    `(mean, clean)`, and `(cotangent of both) -> (gradient to params, cotangent of x_k)`.
+    `(mean, clean)`; `(cotangent of both) -> (gradient to params, cotangent of x_k)`; and the
+    network's output.
   """
   def both(params, x):
     out = output_fn(params, x, sampler.at("timesteps", k), conditioning)
-    return sampler.mean(k, x, out), sampler.clean(k, x, out)
-  return jax.vjp(both, params, x_k)
+    return (sampler.mean(k, x, out), sampler.clean(k, x, out)), out
+  return jax.vjp(both, params, x_k, has_aux=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -197,7 +198,7 @@ def _replay_backward(output_fn, sampler, residuals, cotangent):
     pulled = cotangent, correction - ahead
 
     def through(gradient):
-      _, pull = pull_back(output_fn, params, sampler, k, latents[j], conditioning)
+      _, pull, _ = pull_back(output_fn, params, sampler, k, latents[j], conditioning)
       to_params, to_x = pull(pulled)
       return jax.tree.map(jnp.add, gradient, to_params), to_x
 

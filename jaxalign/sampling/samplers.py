@@ -34,7 +34,6 @@ class Sampler:
     x_coef, out_coef, std: `a_k`, `b_k` and the standard deviation (0 where deterministic).
     clean_x_coef, clean_out_coef: of the clean estimate, `x0_hat = p_k x_k - q_k o_k`.
     correction: of second-order steps: what of `x0_hat_k - x0_hat_{k-1}` is added to the mean.
-    memoryless: whether every transition forgets `x_k` as far as the path allows (eta 1).
     input_scale: standard deviation of `x_0`, where sampling starts.
   """
   timesteps: np.ndarray
@@ -49,7 +48,6 @@ class Sampler:
   clean_x_coef: np.ndarray
   clean_out_coef: np.ndarray
   correction: np.ndarray
-  memoryless: bool = False
   input_scale: float = 1.0
 
   @property
@@ -70,6 +68,13 @@ class Sampler:
   def _over_std(self, power):
     infinite = np.full(self.steps, np.inf)
     return np.divide(self.out_coef, self.std ** power, out=infinite, where=self.std > 0)
+
+  @property
+  def memoryless(self) -> bool:
+    """Whether every step forgets `x_k` as far as the path allows: has eta's noise at 1, or more."""
+    kept = self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
+    ancestral = self.sigma_next * np.sqrt(np.maximum(1 - kept ** 2, 0))
+    return bool(np.any(self.std > 0) and np.all(self.std >= (1 - 1e-6) * ancestral))
 
   @property
   def second_order(self) -> bool:
@@ -176,8 +181,23 @@ def make_sampler(schedule: Schedule, steps: int, *, kind: str = "ddim", eta: flo
   correction = _correction(now, after) if kind == "dpm2" else np.zeros(steps)
   return Sampler(timesteps=times[:-1], next_timesteps=times[1:], alpha=now[0], sigma=now[1],
                  alpha_next=after[0], sigma_next=after[1], x_coef=x_coef, out_coef=out_coef,
-                 std=std, clean_x_coef=p, clean_out_coef=q, correction=correction,
-                 memoryless=kind == "ddpm" or kind == "ddim" and eta == 1)
+                 std=std, clean_x_coef=p, clean_out_coef=q, correction=correction)
+
+
+def noisy_within(schedule: Schedule, sampler: Sampler, start, stop) -> Sampler:
+  """`sampler` with no noise outside the steps `[start, stop)`, whose bounds may be traced.
+
+  The steps outside are Euler's (DDIM's with eta 0), between the same levels, so that one compiled
+  program samples every window. `lam` and `rate` of the result are not defined: take the sampler's.
+  """
+  a, b = _keeping(schedule, np.stack([sampler.alpha, sampler.sigma]),
+                  np.stack([sampler.alpha_next, sampler.sigma_next]), np.zeros(sampler.steps))
+  k = np.arange(sampler.steps)
+  inside = (k >= start) & (k < stop)
+  f32 = lambda values: jnp.asarray(values, jnp.float32)
+  rows = {name: jnp.where(inside, f32(getattr(sampler, name)), f32(still))
+          for name, still in (("x_coef", a), ("out_coef", b), ("std", 0.0 * k))}
+  return dataclasses.replace(sampler, **rows)
 
 
 # ---- where a sampler stops: times [T+1] and levels [2, T+1] -------------------------------------

@@ -13,12 +13,18 @@ from jaxalign.config import command, recipes, schema
 from jaxalign.config.recipes import default, parse, recipe_path, split_argument
 from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
+from jaxalign.methods.adjoint_matching import PRESETS as ADJOINT_PRESETS
+from jaxalign.methods.awm import PRESETS as AWM_PRESETS
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
 from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
+from jaxalign.methods.dpok import PRESETS as DPOK_PRESETS
 from jaxalign.methods.draft import PRESETS as DRAFT_PRESETS
+from jaxalign.methods.fk_steering import PRESETS as FK_PRESETS
+from jaxalign.methods.flow_grpo import PRESETS as FLOW_GRPO_PRESETS
 from jaxalign.methods.mapo import PRESETS as MAPO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
+from jaxalign.methods.nft import PRESETS as NFT_PRESETS
 from jaxalign.train.restore import run_config
 from jaxalign.train.workdir import Workdir
 
@@ -27,6 +33,9 @@ REFRESH = os.environ.get("JAXALIGN_REFRESH_GOLDEN") == "1"
 THIRTEEN = ("alignprop", "b2_diffurl", "best_of_n", "ddpo", "diff_instruct_pp",
             "diff_instruct_star", "diffusion_dpo", "dno", "draft", "mapo", "nabla_gfn", "refl",
             "sft")
+# Recipes of all sizes, with their presets on the largest.
+OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "dpok": DPOK_PRESETS,
+          "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS, "nft": NFT_PRESETS, "ram": {}}
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
@@ -47,6 +56,9 @@ RECIPES = [
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
   *(f"{name}:{size}" for name in THIRTEEN for size in ("sd35", "smoke_sd3")),
+  *(f"{name}:{size}" for name in OTHERS
+    for size in ("emoji", "smoke", "smoke_sd3", "sd15", "sd35")),
+  *(f"{name}:sd35,{preset}" for name, presets in OTHERS.items() for preset in presets),
   "distill_emoji_onestep:emoji", "distill_emoji_onestep:smoke"]
 
 
@@ -83,6 +95,17 @@ def test_presets_change_the_method_only():
   assert dataclasses.replace(release, method=smoke.method, recipe=smoke.recipe) == smoke
   with pytest.raises(UserError, match="'relase' is unknown; there are emoji, .*, sd35, paper"):
     runs.recipe("smoke,relase")
+
+
+@pytest.mark.parametrize("preset", ["", *PRESETS])
+def test_the_published_fast_setting_of_nabla_gfn(preset):
+  """32 trajectories and one optimiser step of all of them, whatever the preset; AdamW as there."""
+  config = parse(runs.recipe(f"sd15,{preset}"))
+  assert (config.sample.batch, config.method.minibatches, config.method.strata) == (
+      32, 1, 10 if preset == "final_latent" else 5)
+  assert (config.optim.b1, config.optim.b2, config.optim.lr) == (0.9, 0.999, 1e-3)
+  published = preset in ("paper", "release", "no_flow")
+  assert config.method.gamma_at_output == published
 
 
 def test_what_the_published_b2_code_computes():

@@ -69,4 +69,7 @@ def config_of(name: str, argument: str = "smoke", *, optim=DESCENT, **method_key
   return dataclasses.replace(cfg, optim=optim)
 
 
-every_method = pytest.mark.parametrize("name", METHODS)
+# Methods whose code is another one's but for a loss or for options: their rows are slow.
+COUSINS = {"awm": "nft", "ram": "nft", "dpok": "ddpo", "flow_grpo": "ddpo"}
+every_method = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COUSINS)) for name in METHODS])

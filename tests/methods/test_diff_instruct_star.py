@@ -286,6 +286,12 @@ def test_over_all_levels_l2_is_the_kl_of_clean_samples():
   np.testing.assert_allclose(slope, (0.7, 0.6 - 1 / 0.6), rtol=1e-2)
 
 
+def test_the_default_levels_leave_out_a_part_of_the_kl():
+  cfg = config(divergence="l2", gradient="full", weight="half_dsigma2")
+  assert (cfg.t_min, cfg.t_max) == (20, 979)
+  assert over_levels(cfg)(0.7, 0.6)[1] == pytest.approx(0.4198, abs=5e-4)          # of 0.4358
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_over_the_levels_of_a_flow_l2_is_the_same_kl(shift):
   """Its weights are of levels, not of times: `half F d(sigma^2)` outside of them is 0.1 %."""

@@ -472,3 +472,12 @@ def test_what_cannot_be_trained_is_refused():
   methods.make("dno", replace(models, score=None), Config(gradient="zo", block=2), PLAIN)
   with pytest.raises(UserError, match="method.block=3 exceeds the 2 numbers"):
     dno.make(models, Config(block=3), PLAIN)
+
+
+def test_natural_order_sees_rows_that_are_smooth():
+  """Blocks are four neighbours of one channel: correlated rows are suspicious, channels are not."""
+  cfg = dno.Config(permutations=1)
+  z = np.random.default_rng(0).normal(size=(1, 21, 32, 32, 4)).astype(np.float32)
+  along = lambda a, axis: np.sqrt(1 - 0.2 ** 2) * a + 0.2 * np.roll(a, 1, axis)
+  at = jax.jit(lambda z: dno.regularization(cfg, z, z, jax.random.key(0))[1]["noise/p_min"][0])
+  assert at(z) > 0.01 and at(along(z, 3)) < 1e-4 and at(along(z, 2)) > 0.01

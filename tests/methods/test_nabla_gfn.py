@@ -157,6 +157,22 @@ def test_which_loss_trains_what(stopgrad):
   }
 
 
+def test_published_weights_of_the_last_transition():
+  """The terminal loss over all rows, one of STEPS of which is last; gamma at the output's level."""
+  models = world(MIXTURE)
+  trainable = {"policy": affine(0.1, 0.05), "flow": affine(0.2, 0.1)}
+  found = {}
+  for mean in ("last", "rows"):
+    cfg = config(flow=True, reverse="sampled", terminal_mean=mean, gamma="abar",
+                 gamma_at_output=mean == "rows")
+    rows = prepare(models, cfg, trainable, all_rows(models))
+    found[mean] = float(parts(models, cfg, trainable, rows)[1]["loss/terminal"]), rows["guess_next"]
+  assert found["rows"][0] == pytest.approx(found["last"][0] / STEPS, rel=1e-5)
+  ours, theirs = (np.asarray(found[name][1]).reshape(ROWS, STEPS, DIM) for name in ("last", "rows"))
+  np.testing.assert_array_equal(theirs[:, :-1], ours[:, :-1])
+  np.testing.assert_allclose(theirs[:, -1], 0.99915 * ours[:, -1], rtol=1e-5)
+
+
 def test_constant_added_to_the_reward_changes_nothing():
   params, score = QUADRATIC
   shifted = (params, lambda p, x, prepared: score(p, x, prepared) + 64.0)
@@ -578,15 +594,17 @@ def test_replay_trains_on_the_trajectories_of_the_update_before():
   _, state, collect, update = session(models, config(replay_lag=1, prox=1.0))
   first, second = collect(state, 0), collect(state, 1)
   fresh, _ = session(models, config(replay_lag=0, prox=1.0))[3](
-    {k: v for k, v in state.items() if k != "replay"}, first, 0
+    {k: v for k, v in state.items() if k != "replay"}, first, 1
   )
   one, _ = update(state, first, 0)
-  chex.assert_trees_all_close(one["trainable"], fresh["trainable"], atol=1e-6)
+  chex.assert_trees_all_equal(one["trainable"], state["trainable"])  # which only samples
+  chex.assert_trees_all_equal(one["optimizer"], state["optimizer"])
   garbage = jax.tree.map(lambda a: a + 7 if a.dtype == jnp.float32 else a, second)
   a, _ = update(one, second, 1)
   b, metrics = update(one, garbage, 1)
   chex.assert_trees_all_equal(a["trainable"], b["trainable"])
-  assert float(metrics["loss/prox"]) > 0  # the recorded estimates are the older policy's
+  chex.assert_trees_all_close(a["trainable"], fresh["trainable"], atol=1e-6)
+  assert float(metrics["loss/prox"]) >= 0
   chex.assert_trees_all_equal(a["replay"]["latents"], second["latents"])
   c, _ = update(b, second, 2)
   assert (

@@ -40,6 +40,8 @@ def chain(tied=False, score=None) -> Models:
 
   def denoise(variables, x, t, cond):
     k = 1 - jnp.broadcast_to(t, x.shape[:1]).astype(jnp.int32)
+    if variables["policy"] is None:
+      return variables["base"]["offset"][k][:, None] + 0 * x
     shift = variables["policy"]["shift"]
     return (variables["base"]["offset"][k] + shift[k * (shift.size > 1)])[:, None] + 0 * x
   return Models(
@@ -535,39 +537,22 @@ def test_update_in_numpy(preset, weights, parts):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_an_extra_term_is_part_of_the_loss(parts):
-  """`push . out` with data of each transition, beside advantages of zero: minus its mean moves.
+def test_kl_to_the_reference_is_part_of_the_loss(parts):
+  """Beside advantages of zero, at distance d from it: gradient `kl rate^2 d`, of the mean of steps.
 
-  And a KL to the reference, at distance d from it: gradient `rate^2 d`, of the mean over elements.
+  Counted are a reference pass of each transition and the same passes of the policy.
   """
-  push = jnp.asarray([[0.5, -0.25]]) * (1 + jnp.arange(8.0))[:, None]
-  extra = pg.Extra(
-      term=lambda policy, frozen, rows, out: (rows["push"] * out.mean(1), {"train/push":
-                                                                           rows["push"]}),
-      data=lambda state, frozen, experience, rewards: {"push": push})
-  optim, cfg = dataclasses.replace(DESCENT, accumulate=parts), pg.Config(advantage="batch")
   models, batch = chain(), batch_of(8)
-
-  def update(extra, shift=0.0):
-    method = pg.make(models, cfg, optim, extra)
-    state = method.init(KEY, models.frozen, batch)
-    state["policy"] = {"shift": state["policy"]["shift"] + shift}
-    experience = method.collect(state, models.frozen, batch, KEY)
-    new, metrics = jax.jit(method.update)(state, models.frozen, experience, jnp.ones(8), KEY)
-    return moved(state, new)["shift"], metrics, method.cost(8)
-  change, metrics, cost = update(extra)
-  np.testing.assert_allclose(change, -np.asarray(push.mean(0)) / 2, rtol=1e-5)
-  assert float(metrics["train/push"]) == pytest.approx(float(push.mean()), rel=1e-5)
-  assert cost == update(None)[2]
-
-  def kl(policy, frozen, rows, out):
-    t = models.sampler.at("timesteps", rows["k"])
-    reference = models.output({"shift": jnp.zeros(2)}, frozen, rows["x_k"], t, rows["conditioning"])
-    rate = models.sampler.at("rate", rows["k"])
-    return 0.5 * jnp.square(rate) * jnp.square(out - reference).mean(1), {}
-  change, _, cost = update(pg.Extra(kl, forwards=1), shift=0.3)
-  np.testing.assert_allclose(change, -0.3 / STD ** 2 / 2, rtol=1e-5)     # out_coef is -1
-  assert cost["denoiser_forward"] == 8 * 2 * 3
+  optim, cfg = dataclasses.replace(DESCENT, accumulate=parts), pg.Config(advantage="batch", kl=0.6)
+  method = pg.make(models, cfg, optim)
+  state = method.init(KEY, models.frozen, batch)
+  state["policy"] = {"shift": state["policy"]["shift"] + 0.3}
+  experience = method.collect(state, models.frozen, batch, KEY)
+  new, metrics = jax.jit(method.update)(state, models.frozen, experience, jnp.ones(8), KEY)
+  np.testing.assert_allclose(moved(state, new)["shift"], -0.6 * 0.3 / STD ** 2 / 2, rtol=1e-5)
+  assert float(metrics["train/path_kl"]) == pytest.approx((0.045 / STD ** 2).sum(), rel=1e-5)
+  assert method.cost(8)["denoiser_forward"] == 8 * 2 * 3
+  assert method.tilt is None                               # standardised advantages have none
 
 
 def test_every_pass_deals_each_group_once():
@@ -640,7 +625,7 @@ def test_cost_counts_evaluations():
     ("ddpo", dict(objective="score", inner_epochs=2), r"method\.objective='score' allows one"),
     ("ddpo", dict(objective="score", minibatches=2), r"set method\.inner_epochs=1 and method\.min"),
     ("ddpo", dict(group=0), r"method\.group=0 is below 1"),
-    ("ddpo", dict(interval="late"), r"method\.interval='late' is not one of \('full', 'grow'"),
+    ("ddpo", dict(interval="late"), r"method\.interval='late' is not one of \('full', 'early'"),
     ("ddpo", dict(interval_first=0.0), r"method\.interval_first=0\.0 .* must be in \(0, 1\]"),
     ("ddpo", dict(interval_last=0.5), r"method\.interval_last=0\.5 must be in \(0, 1\], the first"),
     ("ddpo", dict(interval_last=1.5), r"method\.interval_last=1\.5 must be"),

@@ -3,8 +3,8 @@
 Every sampler step `x_{k+1} ~ N(a_k x_k - b_k o_theta, s_k^2 I)`, o the network's output, is an
 action, so a reward of the sampler's output trains the policy without a gradient of its own: it may
 be a black box or a yes/no rule. `ddpo.py` is this file with its default options (Black et al. 2023,
-"Training Diffusion Models with Reinforcement Learning"); `b2_diffurl.py` sets others. Implemented
-from the equations.
+"Training Diffusion Models with Reinforcement Learning"); `b2_diffurl.py`, `dpok.py` and
+`flow_grpo.py` set others. Implemented from the equations.
 
 One update:
 
@@ -14,16 +14,20 @@ One update:
   keep the samples worth training on                                    (select)
   repeat inner_epochs x minibatches times, for the steps start..stop-1 of the kept samples:
     rho = [p_theta(x_{k+1} | x_k) / p_sampling(x_{k+1} | x_k)]^(1/D)    (log_ratio)
-    theta <- AdamW on max(-A rho, -A clip(rho, 1 - c, 1 + c))           (loss)
+    theta <- AdamW on max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl KL_k / D             (loss)
+      KL_k = KL(p_theta(. | x_k) || p_ref(. | x_k)) = r_k^2 |o_theta - o_ref|^2 / 2
 
 With `x_{k+1} = mu_sampling + s z` the log-ratio of one element is, in r = `Sampler.rate`,
 `-r z (o_theta - o_sampling) - r^2 (o_theta - o_sampling)^2 / 2`. It is computed in this form from
 the recorded noise: a difference of two log-densities would lose the digits that a clip range of
 1e-4 needs.
+
+With raw rewards and the exact KL of all steps the optimum is the reference's path tilted by
+`exp(R / kl)` given its noise. The gradient of the KL has two parts, of which DPOK takes the first:
+through the outputs at the states visited, and through the states, as a cost to go in A.
 """
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +38,19 @@ from jaxalign.config.fields import Count, NonNegative, Range, Whole, check
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
+from jaxalign.methods.shared.advantages import (
+  RAW,
+  Advantage,
+  Selection,
+  advantages,
+  centred_as,
+  select,
+)
 from jaxalign.methods.shared.optimizer import Learner, accumulated_gradients
+from jaxalign.sampling import guided, noisy_within
 
-Advantage = Literal["prompt", "batch", "group_z", "group_center", "group_loo"]
-Selection = Literal["all", "extremes", "pairs"]
+Gradient = Literal["local", "full"]
+Form = Literal["nats", "flow_grpo", "dpok"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +67,22 @@ class Config:
     group: trajectories of each prompt in a batch, side by side.
     branch: whether a group shares its initial noise and its steps before `start`; else its
       trajectories are independent.
-    interval: which steps are trained, a name in `INTERVALS`: "full"; "grow", the last steps, ever
-      more of them; "slide", a window that moves from noise to output; "random", a window anywhere.
+    interval: which steps are trained, a name in `INTERVALS`: "full"; "early", the first steps;
+      "grow", the last steps, ever more of them; "slide", a window that moves from noise to output;
+      "random", a window anywhere. A last step without noise is none of them.
     interval_first, interval_last: length of the interval as a share of all steps, in (0, 1]: "grow"
-      goes from first to last; windows have the first one.
+      goes from first to last; "early" and windows have the first one.
+    interval_within: in (0, 1], windows lie in this share of the steps, the first ones.
+    noise: "all" steps have the sampler's noise, or those of the "interval" only: the others are
+      Euler's (DDIM's without eta), from the same levels to the same.
     interval_stages: updates that a schedule takes; then it stays where it ends.
     step_weights: of the steps in the loss, with mean 1: "uniform", or "even", proportional to
       `1 / rate_k`, so that no step's log-density is more sensitive to the network's output than
       another's.
     advantage: "prompt" ((R - mean) / std of the prompt's rewards in this batch and in `history`),
       "batch" (the same over the whole batch); or within a group: "group_z" ((R - mean) / std),
-      "group_center" (R - mean), "group_loo" (R - mean of the others; unbiased). A pool without
-      spread gives 0.
+      "group_batch" ((R - mean) / std of the batch), "group_center" (R - mean), "group_loo" (R -
+      mean of the others; unbiased). A pool without spread gives 0.
     history: updates before this one whose rewards count for "prompt".
     min_count: fewer rewards of a prompt than this, and "prompt" takes the statistics of the batch.
     advantage_clip: A is clipped to +- this, in its own unit.
@@ -73,6 +90,16 @@ class Config:
       each for itself); "pairs" (the `pairs` best and as many worst of every group that has any
       spread, A centred on the mean of those kept: half the difference for one pair).
     keep_above, keep_below: in units of the advantage. pairs: at most half a group.
+    ratio: "density", as above; "cps", times `2 std^2` (Flow-CPS' squared distances); or "guard",
+      times `std` and without its quadratic part (GRPO-Guard). All are 0 together.
+    kl: >= 0, weight of the KL to the reference, per unit of the advantage.
+    kl_unit: with advantages in raw units ("group_center", "group_loo"): kl per standard deviation
+      of the reward on the base model ("sigma"), or "raw". The other advantages are standardised.
+    kl_gradient: "local", of the KL at the states visited; "full", with what is still to come of it
+      taken off the advantages, which is the true gradient.
+    kl_form: "nats", the KL; or what published code has in its place: "flow_grpo" (times
+      `sigma_k - sigma_{k+1}`), "dpok" (`mean (o_theta - o_ref)^2`, no step's own factor).
+    detach_uncond: whether the unconditional branch of guidance is left out of gradients.
   """
   objective: Literal["clip", "score"] = "clip"
   clip_range: NonNegative = 1e-4
@@ -83,7 +110,9 @@ class Config:
   interval: str = "full"
   interval_first: float = 1.0
   interval_last: float = 1.0
+  interval_within: float = 1.0
   interval_stages: Count = 100
+  noise: Literal["all", "interval"] = "all"
   step_weights: Literal["uniform", "even"] = "uniform"
   advantage: Advantage = "prompt"
   history: Whole = 16
@@ -93,6 +122,12 @@ class Config:
   keep_above: float = 0.5
   keep_below: float = -0.5
   pairs: Count = 1
+  ratio: Literal["density", "cps", "guard"] = "density"
+  kl: NonNegative = 0.0
+  kl_unit: Literal["sigma", "raw"] = "sigma"
+  kl_gradient: Gradient = "local"
+  kl_form: Form = "nats"
+  detach_uncond: bool = False
 
   noise_at_every_step = True
 
@@ -103,6 +138,14 @@ class Config:
     if not 0 < self.interval_first <= self.interval_last <= 1:
       raise UserError(f"method.interval_first={self.interval_first} and method.interval_last="
                       f"{self.interval_last} must be in (0, 1], the first not above the last")
+    if not 0 < self.interval_within <= 1:
+      raise UserError(f"method.interval_within={self.interval_within} is outside (0, 1]")
+    if self.interval_within < self.interval_first and self.interval in ("slide", "random"):
+      raise UserError(f"method.interval_within={self.interval_within} has no room for windows of "
+                      f"method.interval_first={self.interval_first}")
+    if self.kl and self.kl_gradient == "full" and self.select != "all":
+      raise UserError(f"method.kl_gradient='full' takes means over all samples: set method.select="
+                      f"'all', not {self.select!r}, or method.kl_gradient='local'")
     if self.objective == "score" and self.inner_epochs * self.minibatches > 1:
       raise UserError("method.objective='score' allows one optimiser step per batch: set "
                       "method.inner_epochs=1 and method.minibatches=1, or method.objective='clip'")
@@ -128,6 +171,10 @@ def _full(cfg, steps, stage, key):
   return 0, steps
 
 
+def _early(cfg, steps, stage, key):
+  return 0, _length(cfg.interval_first, steps)
+
+
 def _grow(cfg, steps, stage, key):
   """The last steps: `first + floor(stage (last - first + 1) / stages)` of them."""
   first, last = _length(cfg.interval_first, steps), _length(cfg.interval_last, steps)
@@ -135,20 +182,25 @@ def _grow(cfg, steps, stage, key):
   return steps - length, steps
 
 
-def _slide(cfg, steps, stage, key):
+def _window(cfg, steps):
+  """Length of a window, and the last step that it may start at."""
   length = _length(cfg.interval_first, steps)
-  last = steps - length
+  return length, max(0, _length(cfg.interval_within, steps) - length)
+
+
+def _slide(cfg, steps, stage, key):
+  length, last = _window(cfg, steps)
   start = jnp.minimum(stage * (last + 1) // cfg.interval_stages, last)
   return start, start + length
 
 
 def _random(cfg, steps, stage, key):
-  length = _length(cfg.interval_first, steps)
-  start = jax.random.randint(key, (), 0, steps - length + 1)
+  length, last = _window(cfg, steps)
+  start = jax.random.randint(key, (), 0, last + 1)
   return start, start + length
 
 
-INTERVALS = {"full": _full, "grow": _grow, "slide": _slide, "random": _random}
+INTERVALS = {"full": _full, "early": _early, "grow": _grow, "slide": _slide, "random": _random}
 
 
 def interval(cfg: Config, steps: int, stage, key):
@@ -167,83 +219,23 @@ def step_weights(cfg: Config, sampler, start, stop):
   return weights * (stop - start) / weights.sum()
 
 
-# ---- what a reward is worth ----------------------------------------------------------------------
-
-
-def standardize(rewards, mean, std, largest):
-  """`(R - mean) / std`, and 0 where the pool's spread is rounding: below 1e-5 of its `largest`."""
-  spread = std > 1e-5 * largest
-  return jnp.where(spread, (rewards - mean) / jnp.where(spread, std, 1.0), 0.0)
-
-
-def advantages(cfg: Config, rewards, prompt_ids, history=None):
-  """Advantages before clipping and selection, `[B]` f32, without gradient.
-
-  Args:
-    rewards: `[B]` f32, raw units; groups side by side.
-    prompt_ids: `[B]` int32 >= 0.
-    history: `{"rewards" [n, B], "prompt_ids" [n, B]}` of updates before, ids -1 where there was
-      none; or None.
-  Returns:
-    In standard deviations (ddof 1), or in raw units for "group_center" and "group_loo". Sums to 0
-    over every group in group modes, over the batch in mode "batch", and over the samples of a
-    prompt in mode "prompt" without history.
-  Reference: Black et al. 2023, section 4.3 (per-prompt statistics).
-  """
-  if cfg.advantage.startswith("group"):
-    pool = rewards.reshape(-1, cfg.group)
-    centred = pool - pool.mean(1, keepdims=True)
-    if cfg.advantage == "group_loo":
-      centred = centred * cfg.group / (cfg.group - 1)
-    elif cfg.advantage == "group_z":
-      centred = standardize(centred, 0.0, pool.std(1, ddof=1, keepdims=True),
-                            jnp.abs(pool).max(1, keepdims=True))
-    return centred.reshape(-1)
-  of_batch = standardize(rewards, rewards.mean(), rewards.std(ddof=1), jnp.abs(rewards).max())
-  if cfg.advantage == "batch":
-    return of_batch
-  pool, ids = rewards, prompt_ids
-  if history is not None:
-    pool = jnp.concatenate([pool, history["rewards"].reshape(-1)])
-    ids = jnp.concatenate([ids, history["prompt_ids"].reshape(-1)])
-  same = prompt_ids[:, None] == ids[None]                                       # [B, pool]
-  count = same.sum(1)
-  mean = jnp.where(same, pool[None], 0.0).sum(1) / count
-  deviation = jnp.where(same, pool[None] - mean[:, None], 0.0)
-  std = jnp.sqrt(jnp.square(deviation).sum(1) / jnp.maximum(count - 1, 1))
-  largest = jnp.where(same, jnp.abs(pool)[None], 0.0).max(1)
-  return jnp.where(count >= cfg.min_count, standardize(rewards, mean, std, largest), of_batch)
-
-
-def select(cfg: Config, adv):
-  """Chooses the samples to train on; always as many slots, so that shapes are static.
-
-  Args:
-    adv: `[B]` advantages, groups side by side.
-  Returns:
-    `index [R, S]` of the chosen samples within their groups, `adv [R, S]` and `kept [R, S]` bool:
-    slots that are not kept have no weight. S is the group's size for "all", 2 for "extremes", twice
-    `pairs` for "pairs".
-  """
-  adv = adv.reshape(-1, cfg.group)
-  if cfg.select == "all":
-    return (jnp.broadcast_to(jnp.arange(cfg.group), adv.shape), adv,
-            jnp.ones(adv.shape, bool))
-  m = 1 if cfg.select == "extremes" else cfg.pairs
-  order = jnp.argsort(adv, axis=1, descending=True)
-  index = jnp.concatenate([order[:, :m], order[:, cfg.group - m:]], 1)
-  chosen = jnp.take_along_axis(adv, index, 1)
-  if cfg.select == "extremes":
-    return index, chosen, jnp.stack(
-        [chosen[:, 0] >= cfg.keep_above, chosen[:, 1] < cfg.keep_below], 1)
-  spread = chosen[:, :1] > chosen[:, -1:]
-  return index, chosen - chosen.mean(1, keepdims=True), jnp.broadcast_to(spread, chosen.shape)
-
-
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def log_ratio(sampler, k, out, out_old, noise):
+def noisy_steps(sampler) -> int:
+  """Steps that can be trained: all, or all but the last one where that has no noise.
+
+  Raises:
+    UserError: others have none either.
+  """
+  noisy = sampler.std > 0
+  if not np.all(noisy[:-1]) or not noisy[0]:
+    raise UserError("method.name: policy gradients need noise at every step but the last: set "
+                    "sample.eta > 0 and a sample.kind that has noise")
+  return int(noisy.sum())
+
+
+def log_ratio(sampler, k, out, out_old, noise, form: str = "density"):
   """`log p_theta / p_sampling` of transitions, averaged over the latent elements, `[R]` f32.
 
   Args:
@@ -251,12 +243,31 @@ def log_ratio(sampler, k, out, out_old, noise):
     noise: `[R, ...]` the injected noise z, `x_{k+1} = mu_sampling + s_k z`.
   Returns:
     0 where the outputs agree. Times D it is the log-ratio of the transition's density; its
-    gradient at `out = out_old` is that of the mean log-density, `-rate_k mean(z d out)`.
+    gradient at `out = out_old` is that of the mean log-density, `-rate_k mean(z d out)`. Other
+    forms, see `Config.ratio`, are in the unit of their own clip range.
   """
   axes = tuple(range(1, out.ndim))
-  rate = sampler.at("rate", k)
+  rate, std = sampler.at("rate", k), sampler.at("std", k)
   delta = out - out_old
-  return -rate * (noise * delta).mean(axes) - 0.5 * jnp.square(rate) * jnp.square(delta).mean(axes)
+  linear = -rate * (noise * delta).mean(axes)
+  if form == "guard":
+    return std * linear
+  exact = linear - 0.5 * jnp.square(rate) * jnp.square(delta).mean(axes)
+  return exact if form == "density" else 2 * jnp.square(std) * exact
+
+
+def step_kl(sampler, k, out, out_ref, form: str = "nats"):
+  """KL of the policy's transition to the reference's, per latent element, `[R]` f32 >= 0.
+
+  Other forms than "nats" are those of `Config.kl_form`.
+  """
+  square = jnp.square(out - out_ref).mean(tuple(range(1, out.ndim)))
+  if form == "dpok":
+    return square
+  exact = 0.5 * jnp.square(sampler.at("rate", k)) * square
+  if form == "flow_grpo":
+    return (sampler.at("sigma", k) - sampler.at("sigma_next", k)) * exact
+  return exact
 
 
 def surrogate(objective: str, log_rho, adv, clip_range):
@@ -272,49 +283,42 @@ def surrogate(objective: str, log_rho, adv, clip_range):
   return jnp.maximum(-adv * rho, -adv * jnp.clip(rho, 1 - clip_range, 1 + clip_range))
 
 
-class Extra(NamedTuple):
-  """What a variant of the method adds to the loss of each transition.
-
-  Attributes:
-    term: `(policy, frozen, rows, out) -> ([R] loss, {metric: [R]})`, differentiated; `rows` as in
-      `loss`, `out` the policy's outputs there.
-    data: `(state, frozen, experience, rewards) -> {name: [B, T, ...]}`, what it needs beside: more
-      entries of `rows`, constant for the policy.
-    forwards: evaluations of the guided network that `term` takes for a transition.
-  """
-  term: Callable
-  forwards: int = 0
-  data: Callable = lambda state, frozen, experience, rewards: {}
-
-
-def loss(models: Models, cfg: Config, policy, frozen, rows, extra: Extra | None = None):
+def loss(models: Models, cfg: Config, policy, frozen, rows, kl: float = 0.0):
   """The policy gradient loss of transitions.
 
   Args:
     policy: the trained tree; gradients go here only.
     rows: `k [R]`, `x_k [R, ...]`, `noise`, `out_old` (see `log_ratio`), `conditioning`, and `[R]`
       each: `adv`, clipped advantages; `weight`, >= 0 with mean 1, 0 for rows that do not count;
-      `step_weight`, see `step_weights`.
+      `step_weight`, see `step_weights`. With a KL also `out_ref`, the reference's outputs.
+    kl: its weight in the unit of `adv`.
   Returns:
-    Scalar f32, the weighted mean of `surrogate` and the extra term; on the first optimiser step of
-    a batch -mean(A) for "clip" and 0 for "score". Metrics, means over the rows that count:
-    `train/clip_fraction` in [0, 1], and `train/update_kl`, the transition's
-    `KL(p_sampling || p_theta)` in nats, both 0 then.
+    Scalar f32, the weighted mean of `surrogate` and KL; on the first optimiser step of a batch
+    -mean(A) for "clip" and 0 for "score", where the policy is the reference. Metrics, means over
+    the rows that count: `train/clip_fraction` in [0, 1], and in nats `train/update_kl`, the
+    transition's `KL(p_sampling || p_theta)`, both 0 then, and `train/path_kl` to the reference.
   """
   sampler, k = models.sampler, rows["k"]
-  out = models.output(policy, frozen, rows["x_k"], sampler.at("timesteps", k), rows["conditioning"])
-  log_rho = log_ratio(sampler, k, out, rows["out_old"], rows["noise"])
+  t, conditioning = sampler.at("timesteps", k), rows["conditioning"]
+  if cfg.detach_uncond and models.branches == 2:
+    parts = guided(models.denoise, models.guidance)(
+        models.combine(policy, frozen["base"]), rows["x_k"], t, conditioning)
+    cond, uncond = (part.astype(jnp.float32) for part in parts[:2])
+    uncond = jax.lax.stop_gradient(uncond)
+    out = uncond + models.guidance * (cond - uncond)
+  else:
+    out = models.output(policy, frozen, rows["x_k"], t, conditioning)
+  size = out[0].size
+  log_rho = log_ratio(sampler, k, out, rows["out_old"], rows["noise"], cfg.ratio)
   each = surrogate(cfg.objective, log_rho, rows["adv"], cfg.clip_range)
   outside = (jnp.abs(jnp.exp(log_rho) - 1) > cfg.clip_range).astype(jnp.float32)
-  kl = 0.5 * jnp.square(sampler.at("rate", k)) * jnp.square(
-      out - rows["out_old"]).sum(tuple(range(1, out.ndim)))
-  metrics = {"train/clip_fraction": outside, "train/update_kl": kl}
-  total = rows["step_weight"] * each
-  if extra is not None:
-    added, more = extra.term(policy, frozen, rows, out)
-    total, metrics = total + added, {**metrics, **more}
+  metrics = {"train/clip_fraction": outside,
+             "train/update_kl": size * step_kl(sampler, k, out, rows["out_old"])}
+  if cfg.kl:
+    each = each + kl * step_kl(sampler, k, out, rows["out_ref"], cfg.kl_form)
+    metrics["train/path_kl"] = size * step_kl(sampler, k, out, rows["out_ref"])
   of_rows = lambda values: (rows["weight"] * values).mean()
-  total = of_rows(total)
+  total = of_rows(rows["step_weight"] * each)
   return total, {"loss/total": total, **{name: of_rows(value) for name, value in metrics.items()}}
 
 
@@ -332,26 +336,35 @@ def deal(key, groups: int, minibatches: int, epochs: int):
   return order.swapaxes(1, 2).reshape(epochs * minibatches, groups // minibatches)
 
 
-def make(models: Models, cfg: Config, optim: OptimConfig, extra: Extra | None = None) -> Method:
-  """Policy gradients as a Method, with a further term in the loss if there is one."""
+def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
+  """Policy gradients as a Method.
+
+  Raises:
+    UserError: a step without noise, the last one aside.
+  """
   sampler = models.sampler
-  learner = Learner(optim)
+  steps, learner = noisy_steps(sampler), Learner(optim)
+  kl = cfg.kl * (models.reward_std if cfg.advantage in RAW and cfg.kl_unit == "sigma" else 1.0)
   grouped = lambda a: a.reshape((-1, cfg.group) + a.shape[1:])
 
   def init(key, frozen, batch):
     key_policy, key_interval = jax.random.split(key)
     size, stage = batch["prompt_ids"].shape[0], jnp.zeros((), jnp.int32)
     state = {**learner.init(models.init_policy(key_policy, frozen)), "stage": stage,
-             "interval": interval(cfg, sampler.steps, stage, key_interval)}
+             "interval": interval(cfg, steps, stage, key_interval)}
     if cfg.advantage == "prompt" and cfg.history:
       state["history"] = {"rewards": jnp.zeros((cfg.history, size)),
                           "prompt_ids": jnp.full((cfg.history, size), -1, jnp.int32)}
     return state
 
   def collect(state, frozen, batch, key):
-    sample = lambda rows, **bounds: models.rollout(state["policy"], frozen, rows, key, **bounds)
+    start, stop = state["interval"]
+    drawn = models
+    if cfg.noise == "interval":
+      drawn = dataclasses.replace(
+          models, sampler=noisy_within(models.schedule, sampler, start, stop))
+    sample = lambda rows, **bounds: drawn.rollout(state["policy"], frozen, rows, key, **bounds)
     if cfg.branch:
-      start = state["interval"][0]
       roots = sample(jax.tree.map(lambda a: grouped(a)[:, 0], batch), stop=start)
       # From here on each branch draws the noise of its own id.
       trajectory = sample(batch, start=start,
@@ -370,15 +383,18 @@ def make(models: Models, cfg: Config, optim: OptimConfig, extra: Extra | None = 
 
     def grads_of(policy, rows, key):
       (_, metrics), gradient = jax.value_and_grad(
-          lambda p: loss(models, cfg, p, frozen, rows, extra), has_aux=True)(policy)
+          lambda p: loss(models, cfg, p, frozen, rows, kl), has_aux=True)(policy)
       return gradient, metrics
 
     def at_step(k):
       pick = lambda a: jax.lax.dynamic_index_in_dim(a, k, 1, keepdims=False)
       here = {"k": every_row(k), "x_k": pick(rows["latents"]), "noise": pick(rows["noise"]),
               "out_old": pick(rows["out"]), "step_weight": every_row(weights[k]),
-              **{name: rows[name] for name in ("adv", "weight", "conditioning")},
-              **jax.tree.map(pick, rows["extra"])}
+              **{name: rows[name] for name in ("adv", "weight", "conditioning")}}
+      if cfg.kl:
+        here["out_ref"] = pick(rows["out_ref"])
+      if "to_come" in rows:
+        here["adv"] = here["adv"] - pick(rows["to_come"])
       return accumulated_gradients(grads_of, policy, here, jax.random.key(0), optim.accumulate)
 
     # The bounds are traced: one program serves every interval, and costs what the interval costs.
@@ -386,8 +402,34 @@ def make(models: Models, cfg: Config, optim: OptimConfig, extra: Extra | None = 
     total = jax.lax.fori_loop(
         start, stop, lambda k, total: jax.tree.map(jnp.add, total, at_step(k)), zeros)
     gradient, metrics = jax.tree.map(lambda a: a / (stop - start), total)
-    metrics["train/update_kl"] = metrics["train/update_kl"] * (stop - start)
+    for name in {"train/update_kl", "train/path_kl"} & metrics.keys():
+      metrics[name] = metrics[name] * (stop - start)
     return gradient, metrics
+
+  def referred(rows, frozen, start, stop):
+    """`rows [R, S, T, ...]` with what the reference outputs there, and the KL that is to come."""
+    latents = rows["latents"]
+    flat = lambda a: a.reshape((-1,) + a.shape[2:])
+    every = jax.tree.map(flat, rows["conditioning"])
+
+    def at_step(k, out):
+      x_k = flat(latents)[:, k]
+      here = models.output(None, frozen, x_k, sampler.at("timesteps", k), every)
+      return out.at[:, k].set(here)
+    out_ref = jax.lax.fori_loop(start, stop, at_step, jnp.zeros_like(flat(latents)))
+    rows = dict(rows, out_ref=out_ref.reshape(latents.shape))
+    if cfg.kl_gradient == "full":
+      each = jax.vmap(lambda k, out, ref: step_kl(sampler, k, out, ref, cfg.kl_form), (0, 1, 1), 1)
+      ks = jnp.arange(sampler.steps)
+      inside = (ks >= start) & (ks < stop)
+      spent = jnp.where(inside[None], each(jnp.minimum(ks, steps - 1), flat(rows["out"]), out_ref),
+                        0.0)
+      left = jnp.cumsum(spent[:, ::-1], 1)[:, ::-1] - spent                         # j > k
+      # The advantage of a step is worth 1 / D of its log-density, as the KL is a mean over D.
+      cost = kl * latents[0, 0, 0].size * left
+      rows["to_come"] = jax.vmap(
+          lambda values: centred_as(cfg, values), 1, 1)(cost).reshape(latents.shape[:3])
+    return rows
 
   def update(state, frozen, experience, rewards, key):
     key_deal, key_interval = jax.random.split(key)
@@ -398,12 +440,10 @@ def make(models: Models, cfg: Config, optim: OptimConfig, extra: Extra | None = 
     choose = lambda a: jnp.take_along_axis(
         grouped(a), index.reshape(index.shape + (1,) * (a.ndim - 1)), axis=1)
     rows = {name: choose(experience[name]) for name in ("latents", "out", "noise")}
-    rows["extra"] = {}
-    if extra is not None:
-      rows["extra"] = jax.lax.stop_gradient(
-          jax.tree.map(choose, extra.data(state, frozen, experience, rewards)))
     rows.update(conditioning=jax.tree.map(choose, experience["batch"]["conditioning"]), kept=kept,
                 adv=jnp.clip(adv, -cfg.advantage_clip, cfg.advantage_clip))     # all [R, S, ...]
+    if cfg.kl:
+      rows = referred(rows, frozen, start, stop)
 
     def step(before, dealt):
       """One optimiser step on some of the groups."""
@@ -429,18 +469,22 @@ def make(models: Models, cfg: Config, optim: OptimConfig, extra: Extra | None = 
     metrics["train/interval"] = (stop - start).astype(jnp.float32)
     stage = state["stage"] + 1
     state = dict(state, **learned, stage=stage,
-                 interval=interval(cfg, sampler.steps, stage, key_interval))
+                 interval=interval(cfg, steps, stage, key_interval))
     if "history" in state:
       append = lambda old, new: jnp.concatenate([old[1:], new[None]])
       state["history"] = jax.tree.map(
           append, state["history"], {"rewards": rewards, "prompt_ids": prompt_ids})
     return state, metrics
 
+  # Only raw rewards, the exact KL and all of the chain have a target to name.
+  named = (cfg.kl and cfg.advantage == "group_loo" and cfg.kl_form == "nats" and cfg.select == "all"
+           and cfg.interval == "full" and steps == sampler.steps)
   return Method(init=init, collect=collect, update=update, product=learner.product,
-                cost=lambda batch: cost(models, cfg, batch, extra))
+                cost=lambda batch: cost(models, cfg, batch),
+                tilt=(lambda state: 1 / kl) if named else None)
 
 
-def cost(models: Models, cfg: Config, batch: int, extra: Extra | None = None) -> dict[str, int]:
+def cost(models: Models, cfg: Config, batch: int) -> dict[str, int]:
   """Evaluations per update of one sample and one guidance branch, for `batch` trajectories.
 
   Averaged over the interval schedule; the slots of `select`, kept or not, are all computed.
@@ -448,13 +492,16 @@ def cost(models: Models, cfg: Config, batch: int, extra: Extra | None = None) ->
   steps = models.sampler.steps
   stages = jnp.arange(cfg.interval_stages)
   keys = jax.random.split(jax.random.key(0), cfg.interval_stages)
+  noisy = noisy_steps(models.sampler)
   start, stop = np.asarray(
-      jax.vmap(lambda stage, key: interval(cfg, steps, stage, key))(stages, keys)).mean(0)
+      jax.vmap(lambda stage, key: interval(cfg, noisy, stage, key))(stages, keys)).mean(0)
   groups = batch // cfg.group
   sampled = groups * start + batch * (steps - start) if cfg.branch else batch * steps
   slots = {"all": cfg.group, "extremes": 2, "pairs": 2 * cfg.pairs}[cfg.select]
-  trained = groups * slots * (stop - start) * cfg.inner_epochs
-  forwards = 1 + (extra.forwards if extra else 0)
-  return {"denoiser_forward": round((sampled + trained * forwards) * models.branches),
+  once = groups * slots * (stop - start)
+  trained = once * cfg.inner_epochs
+  if cfg.kl:                                                   # the reference, once a batch
+    sampled = sampled + once
+  return {"denoiser_forward": round((sampled + trained) * models.branches),
           "denoiser_backward": round(trained * models.branches),
           "decodes": 0, "reward_queries": 0, "reward_gradients": 0}

@@ -85,6 +85,20 @@ def replayed(models: Models, policy, frozen, rows, active):
   return replay(output, models.sampler, policy, fixed, latents, active)
 
 
+def perturbed_gradient(models: Models, cfg, frozen, x_0, prepared, key):
+  """Gradient of the reward of clean latents `x_0 [R, ...]`, mean over noisy copies of them.
+
+  `cfg.perturbations` copies, with noise of standard deviation `cfg.perturb_std` in latent units.
+  """
+  def reward(x_0):
+    def one(key):
+      noise = cfg.perturb_std * jax.random.normal(key, x_0.shape) if cfg.perturb_std else 0.0
+      images = models.decode(frozen["decoder"], x_0 + noise)
+      return models.score(frozen["reward"], images, prepared).sum()
+    return sum(one(k) for k in jax.random.split(key, cfg.perturbations)) / cfg.perturbations
+  return jax.grad(reward)(x_0)
+
+
 def penalty(cfg: Config, reward):
   """What is minimised, of the shape of `reward`."""
   short = cfg.target - reward

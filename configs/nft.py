@@ -1,0 +1,27 @@
+"""DiffusionNFT on the embedded emoji model (or, by argument, on something else).
+
+  python -m jaxalign.launch --config=configs/nft.py
+
+Arguments after a colon, separated by commas:
+  emoji    the embedded model, reward emoji_clip as a black box (default); not measured
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
+           updates, for tests
+  sd15     Stable Diffusion 1.x at 512 px, settings ours, for want of published ones; not measured.
+           Give --config.model.path and --config.reward.names
+  sd35     Stable Diffusion 3.5 medium at 512 px as published: 48 groups of 24 images of ten
+           deterministic steps without guidance, adapter of rank 32; not measured. Give the same
+  release, release_ocr    method presets, see docs/methods/forward_process.md
+"""
+from jaxalign.config import recipes
+from jaxalign.methods.nft import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  config = recipes.default("nft", "nft:" + (arg or "emoji"))
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+  recipes.make_forward_process(config, size)
+  if size == "emoji" and not presets:
+    config.method.tilt_budget = 8.0
+  return config
