@@ -89,10 +89,10 @@ def _run(cfg, path, devices, stack) -> dict:
 
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)
-  step, before = checkpoints.latest_step() or 0, 0.0
-  if step:
-    state, progress = checkpoints.restore(state, step)
-    before = progress["seconds"]
+  step, before = 0, 0.0
+  if checkpoints.latest_step():
+    state, progress = checkpoints.restore(state)
+    step, before = checkpoints.restored, progress["seconds"]
     tqdm.write(f"resumed at step {step}")
   workdir.open_metrics(step, tensorboard=True)
 
