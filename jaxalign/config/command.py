@@ -1,11 +1,16 @@
 """What all commands share: flags in, one-line errors out, an exit status that can be trusted."""
+import os
 import re
 import sys
+import threading
+import time
 
 from absl import flags
 
 from jaxalign.config.recipes import load_recipe, recipe_path
 from jaxalign.errors import Stopped, UserError
+
+LEAVE = 5.0          # seconds that threads have to end after the command
 
 
 class Flags(flags.FlagValues):
@@ -29,7 +34,19 @@ def run_command(main, flag_values: Flags, required: tuple[str, ...] = (),
     for name in flag_values:
       print(f"  --{name}: {flag_values[name].help} (default: {flag_values[name].default})")
     return 0
-  return exit_status(lambda: main(_parse(argv, flag_values, required)))
+  status = exit_status(lambda: main(_parse(argv, flag_values, required)))
+  threading.Thread(target=_leave_behind, args=(status,), daemon=True).start()
+  return status
+
+
+def _leave_behind(status: int) -> None:
+  """Ends the process if threads of the user's code keep it alive after its main thread."""
+  threading.main_thread().join()
+  until = time.monotonic() + LEAVE
+  while any(thread.is_alive() and not thread.daemon for thread in threading.enumerate()):
+    if time.monotonic() > until:
+      os._exit(status)
+    time.sleep(0.1)
 
 
 def exit_status(main) -> int:

@@ -7,6 +7,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from jaxalign.config import registry
+from jaxalign.config.credentials import hidden
 from jaxalign.config.fields import Count, Fraction, NonNegative, Range, Whole, check
 from jaxalign.errors import UserError
 
@@ -333,9 +334,11 @@ class Config:
                       f"x optim.accumulate) leaves {part} {left} for {shards} devices")
 
   def to_dict(self) -> dict:
-    """Nested plain values, as written to config.json."""
+    """Nested plain values, as written to config.json; without credentials."""
     out = dataclasses.asdict(self)
     out["method"] = {"name": out.pop("method_name"), **out["method"]}
+    out["reward"]["names"] = hidden(self.reward.names)
+    out["eval"]["judge"] = hidden(self.eval.judge)
     return json.loads(json.dumps(out))
 
 

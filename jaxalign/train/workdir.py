@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 from tensorboardX import SummaryWriter
 
+from jaxalign.config.credentials import hidden
 from jaxalign.config.recipes import completed
 from jaxalign.config.schema import Config
 from jaxalign.devices import processes
@@ -93,6 +94,7 @@ class Workdir:
     if "method" in old and "method" in new:
       old = completed(old)
     old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
+    old = {key: hidden(value) for key, value in old.items()}       # older versions wrote them
     for key in sorted(old.keys() | new.keys()):
       if key not in FREE_KEYS and old.get(key) != new.get(key):
         raise UserError(f"--workdir={self.path}: belongs to another run: {key} was "
