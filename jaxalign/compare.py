@@ -262,8 +262,10 @@ def main(argv) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   with whole(kept) as file:
     file.write_text(json.dumps(records, indent=1) + "\n")
-  output.write_text(page(output.stem.capitalize(), records, folder))
-  print(output.read_text())
+  text = page(output.stem.capitalize(), records, folder)
+  with whole(output) as file:
+    file.write_text(text)
+  print(text)
 
 
 if __name__ == "__main__":
