@@ -54,9 +54,11 @@ def exit_status(main) -> int:
 
   130 after Ctrl-C and 143 after SIGTERM, where the same command goes on.
   """
+  _hush()
   try:
     main()
-  except UserError as error:
+    sys.stdout.flush()
+  except (UserError, OSError) as error:      # of the latter, a full disk has no key to name
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
@@ -66,6 +68,21 @@ def exit_status(main) -> int:
     print(f"{stopped}; the same command continues the run", file=sys.stderr)
     return 143
   return 0
+
+
+def _hush() -> None:
+  """Background threads do not show what the main thread is told of, and says in one line."""
+  for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
+    shown = getattr(module, name)
+    if getattr(shown, "hushed", False):
+      continue
+
+    def hook(args, shown=shown):
+      closed = isinstance(args.exc_value, RuntimeError) and "loop is closed" in str(args.exc_value)
+      if not (closed or isinstance(args.exc_value, OSError)):
+        shown(args)
+    hook.hushed = True
+    setattr(module, name, hook)
 
 
 def _parse(argv, flag_values, required):

@@ -38,8 +38,12 @@ def run(cfg: PretrainConfig, path: pathlib.Path, devices=None) -> dict:
   if devices is None:
     sharding.use_cores(cfg.check_devices)
   jax.config.update("jax_threefry_partitionable", True)
-  with contextlib.ExitStack() as stack:      # closes files and finishes writing whatever happens
-    return _run(cfg, path, devices, stack)
+  try:
+    with contextlib.ExitStack() as stack:    # closes files and finishes writing whatever happens
+      return _run(cfg, path, devices, stack)
+  except OSError as error:                   # a full disk, a folder that went away
+    raise UserError(f"{error}; what --workdir={path} holds is sound, and the same command goes on "
+                    "from its last checkpoint") from error
 
 
 def _run(cfg, path, devices, stack) -> dict:

@@ -3,9 +3,11 @@
 Beside both lies what they are to be when they are read again: a digest of every array.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -17,7 +19,11 @@ from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.storage.digest import described, digests
 
-logging.getLogger("absl").setLevel(logging.WARNING)   # Orbax reports every directory it makes
+# Orbax reports every directory it makes, and shows each error that it raises as a traceback first.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Of several arrays that a full disk refuses one is raised, and asyncio shows the others.
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+_DISK = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
 
 
 class Damaged(UserError):
@@ -158,8 +164,11 @@ class Checkpointer:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with self._errors("write"):
+        self._manager.close()
 
   @contextlib.contextmanager
   def _errors(self, verb: str, kind=UserError, folder: pathlib.Path | None = None):
@@ -168,7 +177,8 @@ class Checkpointer:
     except UserError:
       raise
     except Exception as error:  # Orbax, tensorstore and the OS each raise kinds of their own
-      reason = " ".join(str(error).split())[:300]
+      reason = " ".join(str(error).split())
+      reason = next((text for text in _DISK if text in reason), reason[:300])
       raise kind(f"{folder or self._directory}: cannot {verb} checkpoint: {reason}") from error
 
 

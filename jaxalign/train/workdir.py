@@ -1,4 +1,5 @@
 """The folder of a run: config, metrics, pictures, evaluations, summary; never mixed up."""
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -6,12 +7,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 
 import numpy as np
 from flax import traverse_util
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from jaxalign.config.credentials import hidden
 from jaxalign.config.recipes import completed
@@ -141,7 +145,7 @@ class Workdir:
     if rows:
       self._last = sum(map(len, lines[:-1])), list(rows.values())[-1]
     if tensorboard:
-      self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+      self._board = Board(self.path / "tensorboard", step + 1)
 
   def log(self, step: int, seconds: float, values: dict[str, float]) -> None:
     """The row of a step in metrics.jsonl, or what is added to it; and the same to TensorBoard.
@@ -160,15 +164,16 @@ class Workdir:
     self._metrics.write(json.dumps(row) + "\n")
     self._metrics.flush()
     if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+      self._board.add(step, values)
 
   def close(self) -> None:
-    for file in (self._metrics, self._board):
-      if file is not None:
-        file.close()
-    if self._lock is not None:
-      self._lock.release()
+    """Closes all of it, whatever a full disk says to one part."""
+    with contextlib.ExitStack() as stack:
+      if self._lock is not None:
+        stack.callback(self._lock.release)
+      for file in (self._metrics, self._board):
+        if file is not None:
+          stack.callback(file.close)
 
   def cached(self, name: str, draw) -> Samples:
     """Samples from `NAME.npz`, or from `draw()`, which are then kept there."""
@@ -192,6 +197,30 @@ class Workdir:
     file.parent.mkdir(exist_ok=True)
     with whole(file) as partial:
       np.savez(partial, **samples.arrays())
+
+
+class Board:
+  """Event files of TensorBoard, written at once: no thread has anything to say when a disk is full.
+
+  Args:
+    step: the first one to come; later ones of files that are there already are not shown any more.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._file = EventsWriter(str(folder / "events"))
+    self._write(step=step, session_log=SessionLog(status=SessionLog.START))
+
+  def add(self, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+      self._write(step=step, summary=scalar(name, value))
+
+  def _write(self, **content) -> None:
+    self._file.write_event(Event(wall_time=time.time(), **content))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def environment() -> dict:
