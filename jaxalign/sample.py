@@ -21,7 +21,7 @@ from jaxalign import viz
 from jaxalign.config.command import Flags, run_command
 from jaxalign.config.schema import SampleConfig
 from jaxalign.data.prompts import read_prompts
-from jaxalign.devices import rng, sharding
+from jaxalign.devices import memory, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
@@ -34,7 +34,7 @@ _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpo
 _PROMPTS = _FLAGS.define("string", "prompts", None, "Text file, one prompt a line; or a prompt.")
 _OUTPUT = _FLAGS.define("string", "output", None, "Folder for the images.")
 _N = _FLAGS.define("integer", "n", 4, "Images per prompt.", lower_bound=1)
-_SEED = _FLAGS.define("integer", "seed", 0, "Same seed, prompts and n: same images.")
+_SEED = _FLAGS.define_seed("Same seed, prompts and n: same images.")
 _NEGATIVE = _FLAGS.define("string", "negative_prompt", "", "What to steer away from.")
 _STEPS = _FLAGS.define("integer", "steps", None,
                         "Denoising steps; those of the run, else 20 (28 on a flow).")
@@ -74,6 +74,8 @@ def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negati
                           everywhere)
   key = jax.device_put(rng.stream(jax.random.key(seed), rng.EVAL), everywhere)
   total = len(prompts) * n
+  memory.check_fits(f"--n={n} for {len(prompts)} prompts", total, (), itemsize=0)
+  memory.check_fits(f"--batch={batch}", min(batch, total), (*pipeline.image_size, 3))
   batch = -(-min(batch, total) // mesh.size) * mesh.size
   uncond = encode(text, pipeline.tokenize([negative_prompt] * batch))
   with tqdm(total=total, desc="sampling", unit="img") as bar:

@@ -7,7 +7,9 @@ import time
 
 from absl import flags
 
+from jaxalign.config.fields import MOST
 from jaxalign.config.recipes import load_recipe, recipe_path
+from jaxalign.config.schema import SEEDS
 from jaxalign.errors import Stopped, UserError
 
 LEAVE = 5.0          # seconds that threads have to end after the command
@@ -16,8 +18,14 @@ LEAVE = 5.0          # seconds that threads have to end after the command
 class Flags(flags.FlagValues):
   """The flags of one command: its own, so that several commands can be imported together."""
 
+  def define_seed(self, text: str) -> flags.FlagHolder:
+    """The flag `--seed`, of the range that the config key `seed` has."""
+    return self.define("integer", "seed", 0, text, upper_bound=SEEDS - 1)
+
   def define(self, kind: str, *args, **kwargs) -> flags.FlagHolder:
-    """Like absl's `DEFINE_kind`."""
+    """Like absl's `DEFINE_kind`; integers are within those of config keys."""
+    if kind == "integer":
+      kwargs = {"lower_bound": 0, "upper_bound": MOST - 1, **kwargs}
     return getattr(flags, f"DEFINE_{kind}")(*args, flag_values=self, **kwargs)
 
 
@@ -60,6 +68,12 @@ def exit_status(main) -> int:
     sys.stdout.flush()
   except (UserError, OSError) as error:      # of the latter, a full disk has no key to name
     print(f"error: {error}", file=sys.stderr)
+    return 2
+  except (MemoryError, RuntimeError) as error:
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print(f"error: out of memory ({' '.join(str(error).split())[:200]}); lower sample.batch and "
+          "eval.batch (--batch), or the size of images", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("interrupted; the same command continues the run", file=sys.stderr)
