@@ -65,8 +65,19 @@ def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negati
   """The images of `generate` in order, `[B, H, W, 3]` at a time: whoever has seen them may let go.
 
   A batch is spread over all devices.
+
+  Raises:
+    UserError: at once, of sizes that no machine can hold.
   """
-  pipeline, encode, draw = _programs(pipeline, sample or SampleConfig())
+  programs = _programs(pipeline, sample or SampleConfig())
+  total = len(prompts) * n
+  memory.check_fits(f"--n={n} for {len(prompts)} prompts", total, (), itemsize=0)
+  memory.check_fits(f"--batch={batch}", min(batch, total), (*programs[0].image_size, 3))
+  return _drawn(programs, prompts, n, seed, negative_prompt, batch)
+
+
+def _drawn(programs, prompts, n, seed, negative_prompt, batch) -> Iterator[np.ndarray]:
+  pipeline, encode, draw = programs
   mesh = sharding.make_mesh(-1, 1, 1)
   everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   text = jax.device_put(pipeline.text_params, everywhere)
@@ -74,8 +85,6 @@ def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negati
                           everywhere)
   key = jax.device_put(rng.stream(jax.random.key(seed), rng.EVAL), everywhere)
   total = len(prompts) * n
-  memory.check_fits(f"--n={n} for {len(prompts)} prompts", total, (), itemsize=0)
-  memory.check_fits(f"--batch={batch}", min(batch, total), (*pipeline.image_size, 3))
   batch = -(-min(batch, total) // mesh.size) * mesh.size
   uncond = encode(text, pipeline.tokenize([negative_prompt] * batch))
   with tqdm(total=total, desc="sampling", unit="img") as bar:
@@ -157,14 +166,14 @@ def main(argv) -> None:
   pipeline = load_tuned(checkpoint, _DTYPE.value)
   base = (cfg.sample if cfg else own_sampler(pipeline)).__dict__
   sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})
-  _programs(pipeline, sample)       # checks the sampler before a folder is made
+  # Checks sampler and sizes before a folder is made.
+  images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
+                   negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   output = pathlib.Path(_OUTPUT.value)
   try:
     output.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--output={output}: {error}") from error
-  images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
-                   negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   try:
     with contextlib.closing(images):     # ends the bar before an error is shown
       _write(output, images, prompts, _N.value)
