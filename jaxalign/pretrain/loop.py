@@ -97,6 +97,8 @@ def _run(cfg, path, devices, stack) -> dict:
   if checkpoints.latest_step():
     state, progress = checkpoints.restore(state)
     step, before = checkpoints.restored, progress["seconds"]
+  checkpoints.tidy()
+  if step:
     tqdm.write(f"resumed at step {step}")
   workdir.open_metrics(step, tensorboard=True)
 

@@ -61,13 +61,16 @@ class Checkpointer:
       UserError: the directory cannot be written.
     """
     with self._errors("write"):
-      self._tidy()
+      self.tidy()
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress),
           digests=ocp.args.JsonSave(_seal(state, progress))), force=True)
 
-  def _tidy(self) -> None:
-    """Takes out of the way what killed runs have left, and what is damaged; once."""
+  def tidy(self) -> None:
+    """Takes out of the way what killed runs have left, and what was damaged; once.
+
+    For who writes here: the first save does it at the latest.
+    """
     if self._tidied:
       return
     self._tidied = True

@@ -70,14 +70,24 @@ def whole_folder(path, removed=(), last: str = ""):
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def sweep(folder: pathlib.Path) -> None:
+  """Deletes what killed processes have left below a folder that is this process's alone."""
+  for left in [*folder.rglob(".partial.*")]:
+    _delete(left)
+
+
+def _delete(left: pathlib.Path) -> None:
+  if left.is_dir():
+    shutil.rmtree(left, ignore_errors=True)
+  else:
+    left.unlink(missing_ok=True)
+
+
 def _begin(path: pathlib.Path) -> pathlib.Path:
   """This process's own name beside `path`, where what others left for that name is deleted."""
   for left in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
     if _abandoned(left, path.name):
-      if left.is_dir():
-        shutil.rmtree(left, ignore_errors=True)
-      else:
-        left.unlink(missing_ok=True)
+      _delete(left)
   return path.with_name(f".partial.{platform.node()}.{os.getpid()}.{path.name}")
 
 

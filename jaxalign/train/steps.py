@@ -32,11 +32,13 @@ def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, pr
     UserError: the checkpoints are damaged, or gone though the run has a result.
   """
   if not checkpoints.latest_step():
+    checkpoints.tidy()
     if (workdir.path / "summary.json").exists():
       raise UserError(f"--workdir={workdir.path}: this run has a result, but no checkpoint "
                       "to go on from; choose another --workdir")
     return 0, None
   saved, old = checkpoints.restore(content)
+  checkpoints.tidy()
   progress.update(old)
   if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
     if progress["stopped"].startswith("train.max_seconds"):

@@ -23,7 +23,7 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 from jaxalign.storage import lock
-from jaxalign.storage.files import whole
+from jaxalign.storage.files import sweep, whole
 from jaxalign.train.evaluation import Samples
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.
@@ -82,6 +82,7 @@ class Workdir:
       try:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock.Lock(self.path, f"--workdir={self.path}")
+        sweep(self.path)
         content = {"config": self._config.to_dict(), "contents": self._contents,
                    "environment": environment()}
         self.write_json("config.json", content)
