@@ -231,7 +231,7 @@ def read(folder) -> tuple[AutoencoderKL, dict, dict]:
   folder = folder / "vae" if (folder / "vae").is_dir() else folder
   try:
     config = json.loads((folder / "config.json").read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"task.vae={folder}: no autoencoder: {error}") from error
   vae = AutoencoderKL.from_config(config)
   image = jnp.zeros((1, vae.factor, vae.factor, 3))

@@ -50,8 +50,13 @@ def _run(cfg, path, devices, stack) -> dict:
   workdir = Workdir(path, cfg)
   summary_file = path / "summary.json"
   if summary_file.exists():
-    summary = json.loads(summary_file.read_text())
-    if summary["steps"] >= cfg.train.steps:
+    try:
+      summary = json.loads(summary_file.read_text())
+      done = summary["steps"] >= cfg.train.steps
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+      raise UserError(f"{summary_file}: not the summary of a run ({error}); delete it, and the "
+                      "run's command makes it anew") from error
+    if done:
       tqdm.write(f"{path}: this run is finished; see {summary_file}")
       return summary
   mesh = sharding.make_mesh(-1, 1, 1, devices)

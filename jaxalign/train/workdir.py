@@ -62,7 +62,7 @@ class Workdir:
                             "changed since; choose another --workdir")
       elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise UserError(f"--workdir={path}: {error}") from error
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

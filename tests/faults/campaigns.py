@@ -261,7 +261,8 @@ class Lora(Safetensors):
     from jaxalign.convert import save_adapter
     from jaxalign.models import lora
     self._unet = self._pipeline.params["unet"]
-    tree = lora.init(jax.random.key(0), self._unet, 4, ("attention",))
+    tree = lora.init(jax.random.key(0), self._unet, 4,
+                     self._pipeline.adapter_targets(("attention",)))
     self._sound = save_adapter(tree, folder / "lora").read_bytes()
     size = int.from_bytes(self._sound[:8], "little")
     self._header, self._data = json.loads(self._sound[8:8 + size]), self._sound[8 + size:]

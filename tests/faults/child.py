@@ -79,6 +79,7 @@ def main() -> None:
     for seed in map(int, sys.argv[2:]):
       print(json.dumps({"seed": seed}), file=channel, flush=True)
       print(json.dumps(one(kind, seed)), file=channel, flush=True)
+  os._exit(0)                           # whatever threads are left behind
 
 
 if __name__ == "__main__":
