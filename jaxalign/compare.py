@@ -249,6 +249,8 @@ def main(argv) -> None:
   if importlib.util.find_spec("matplotlib") is None:
     raise UserError("the page has curves: pip install 'jaxalign[notebooks]' brings matplotlib")
   output = pathlib.Path(_OUTPUT.value)
+  if not output.name or output.is_dir():
+    raise UserError(f"--output={output}: is a folder; name a file")
   folder = output.with_suffix("")
   kept = folder / "results.json"
   identity = lambda r: (r["recipe"], r["task"], r["seed"])

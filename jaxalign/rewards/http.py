@@ -12,6 +12,7 @@ query's `key=`, `token=` and the like) are sent and never written; those of `~/.
 too.
 """
 import base64
+import contextlib
 import dataclasses
 import http.client
 import io
@@ -108,10 +109,11 @@ def http_reward(name: str) -> HostReward:
                           headers={"Content-Type": "application/json"},
                           timeout=max(deadline - time.monotonic(), 1e-3)) as answer:
           if answer.is_redirect or answer.is_permanent_redirect:
-            target = urllib.parse.urljoin(target, answer.headers["location"])
-            if answer.status_code not in _MOVED or _host(target) != host:
-              raise fault(f"redirects ({answer.status_code}) to {hidden(target)}; write the URL "
-                          "that answers itself")
+            goal = answer.headers["location"]
+            target = _joined(target, goal, host) if answer.status_code in _MOVED else None
+            if target is None:
+              raise fault(f"redirects ({answer.status_code}) to {hidden(goal)[:200]!r}; write the "
+                          "URL that answers itself")
             continue
           if answer.status_code in _AGAIN:
             raise _Again(f"no answer: status {answer.status_code} {answer.reason}",
@@ -201,9 +203,17 @@ def encode(image: np.ndarray) -> str:
 def _host(url: str) -> tuple:
   """Scheme, name and port; ValueError if one is wrong."""
   parts = urllib.parse.urlsplit(url)
-  if not parts.hostname:
-    raise ValueError("no host")
-  return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+  ports = {"http": 80, "https": 443}
+  if parts.scheme not in ports or not parts.hostname:
+    raise ValueError("neither http nor https, or no host")
+  return parts.scheme, parts.hostname, parts.port or ports[parts.scheme]
+
+
+def _joined(url: str, goal: str, host: tuple) -> str | None:
+  """Where a redirect to `goal` leads to; None where that is not on `host`."""
+  with contextlib.suppress(ValueError):
+    url = urllib.parse.urljoin(url, goal)
+    return url if _host(url) == host else None
 
 
 def _read(answer: requests.Response, most: int, deadline: float) -> bytes | None:

@@ -46,20 +46,28 @@ class Kills:
       raise AssertionError(f"{recipe}: status {done.returncode}: {done.stderr[-1500:]}")
     return done.returncode, json.loads(note.read_text())
 
-  def unbroken(self, recipe: str) -> tuple[dict, int]:
+  def unbroken(self, recipe: str) -> tuple[dict, list[str]]:
+    """What a run leaves that is not killed, and where each of its changes was."""
     if recipe not in self._unbroken:
       run = self._folder / f"unbroken_{recipe}"
       _, note = self._process(recipe, run, 10 ** 9, 0)
-      self._unbroken[recipe] = result(run), note["changes"]
+      self._unbroken[recipe] = result(run), note["paths"]
     return self._unbroken[recipe]
 
   def __call__(self, seed: int) -> str:
     rnd, recipe = random.Random(seed), RECIPES[seed % len(RECIPES)]
-    expected, changes = self.unbroken(recipe)
+    expected, places = self.unbroken(recipe)
+    phases = collections.defaultdict(list)
+    for number, place in enumerate(places, 1):
+      phases[place].append(number)
     run = self._folder / f"killed_{seed}"
     moments = []
     for _ in range(KILLS):
-      at, delay = rnd.randrange(1, changes + 1), rnd.choice((0, 0, rnd.uniform(0, 3)))
+      # Checkpoints have most changes; each phase is to have as many kills. Later processes find
+      # work done, so that theirs come earlier.
+      at = rnd.choice(phases[rnd.choice(sorted(phases))])
+      at = -(-at // rnd.randrange(1, 2 + len(moments)))
+      delay = rnd.choice((0, 0, rnd.uniform(0, 3)))
       status, note = self._process(recipe, run, at, delay)
       moments.append((at, round(delay, 2), note))
       if status == 0:
@@ -103,14 +111,13 @@ def result(run: pathlib.Path) -> dict:
 
 def child(recipe: str, run: str, at: int, delay: float, note: str, artwork: str) -> None:
   """Continues the run, and kills itself at its change number `at`, or `delay` seconds later."""
-  folder, changes = os.path.realpath(run), 0
+  folder, paths = os.path.realpath(run), []
   lock = threading.Lock()
 
   def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
   def audit(event, args):
-    nonlocal changes
     if event == "open":
       if not (isinstance(args[1], str) and set(args[1]) & set("wax+") or
               isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
@@ -121,9 +128,10 @@ def child(recipe: str, run: str, at: int, delay: float, note: str, artwork: str)
     if not isinstance(path, (str, os.PathLike)) or not str(path).startswith(folder + "/"):
       return
     with lock:
-      changes += 1
-      if changes == at:
-        written = json.dumps({"event": event, "path": os.path.relpath(str(path), folder)})
+      name = os.path.relpath(str(path), folder)
+      paths.append(name.split("/")[0])
+      if len(paths) == at:
+        written = json.dumps({"event": event, "path": name})
         file = os.open(note, os.O_WRONLY | os.O_TRUNC)
         os.write(file, written.encode())
         os.close(file)
@@ -146,7 +154,7 @@ def child(recipe: str, run: str, at: int, delay: float, note: str, artwork: str)
     config.mesh.data, config.train.steps, config.train.patience = 1, 3, 0
     config.eval.every, config.log.tensorboard = 1, False
     train.run(recipes.parse(config), path)
-  pathlib.Path(note).write_text(json.dumps({"changes": changes}))
+  pathlib.Path(note).write_text(json.dumps({"paths": paths}))
 
 
 if __name__ == "__main__":

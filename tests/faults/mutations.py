@@ -1,4 +1,5 @@
 """Damage, drawn from a seed: bytes of files, values of JSON."""
+import copy
 import json
 import random
 
@@ -32,7 +33,7 @@ STRANGE = (None, True, -1, 0, 2 ** 31, 2 ** 63, -2 ** 63, 10 ** 400, 1e308, floa
 
 
 def value(rnd: random.Random):
-  return rnd.choice(STRANGE)
+  return copy.deepcopy(rnd.choice(STRANGE))
 
 
 def json_of(rnd: random.Random, tree):

@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       return self.answer(503, b"later", **{"Retry-After": "99999"})
     if server.mode == "slow":
       time.sleep(1.5)
-    if server.mode.startswith("http") or server.mode.startswith("/"):
+    if server.mode.startswith(("http", "ftp", "/")):
       if self.path != "/final":
         return self.answer(server.code, b"", location=server.mode)
     if server.mode == "drip":
@@ -115,8 +115,9 @@ def test_a_busy_server_is_asked_again(server, monkeypatch):
     ("words", "", "not real numbers"), ("deep", "", "not JSON"), ("ragged", "", "one score for"),
     ("endless", "", "longer than"), ("not utf-8", "", "not JSON"), ("null", "", "no \"scores\""),
     ("huge", "", "not JSON"), ("drip", "timeout=0.3&retries=0", "timed out"),
-    ("http://localhost:1/elsewhere", "", "redirects (307) to http://localhost:1/elsewhere"),
-    ("http://", "", "redirects"), ("/score", "", "redirects more than")])
+    ("http://localhost:1/elsewhere", "", "redirects (307) to 'http://localhost:1/elsewhere'"),
+    ("http://", "", "redirects"), ("http://[", "", "redirects"), ("ftp://a/b", "", "redirects"),
+    ("/score", "", "redirects more than")])
 def test_what_a_server_does_wrong(server, mode, settings, words):
   server.mode, begun = mode, time.monotonic()
   with pytest.raises(UserError) as error:
