@@ -122,7 +122,7 @@ def http_reward(name: str) -> HostReward:
             raise fault(f"refuses: status {answer.status_code} {answer.reason}")
           text = _read(answer, most, deadline)
       except ValueError as error:
-        raise fault("is no URL", error) from error
+        raise fault("is no URL, or redirects to none", error) from error
       except (OSError, http.client.HTTPException, urllib3.exceptions.HTTPError) as error:
         raise _Again("no answer", error) from error    # requests wraps most of them in OSErrors
       break
