@@ -11,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -20,9 +21,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 def run(kind: str, seeds: list[int], until: float, log) -> None:
   """One process after the other: whoever dies, or hangs, is replaced and its seed is a fault."""
   while seeds and time.monotonic() < until:
+    said = tempfile.TemporaryFile("w+", errors="replace")     # a pipe would fill up, and block
     child = subprocess.Popen([sys.executable, str(HERE / "child.py"), kind, *map(str, seeds)],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             stdout=subprocess.PIPE, stderr=said, text=True)
     at = None
+
+    def end_of_said() -> str:
+      said.seek(max(said.seek(0, os.SEEK_END) - 2000, 0))
+      return said.read()
     try:
       for line in child.stdout:
         try:
@@ -38,14 +44,15 @@ def run(kind: str, seeds: list[int], until: float, log) -> None:
       else:
         child.wait()
         if at is None and seeds:
-          raise SystemExit(f"{kind}: could not begin: {child.stderr.read()[-2000:]}")
+          raise SystemExit(f"{kind}: could not begin: {end_of_said()}")
         if at is not None:
-          text = child.stderr.read()[-1500:]
-          log({"kind": kind, "seed": at, "result": f"died, status {child.returncode}: {text}"})
+          log({"kind": kind, "seed": at,
+               "result": f"died, status {child.returncode}: {end_of_said()}"})
           seeds = seeds[1:]
     finally:
       child.kill()
       child.wait()
+      said.close()
 
 
 def main() -> int:
