@@ -45,7 +45,7 @@ class Checkpointer:
   """
 
   def __init__(self, directory: pathlib.Path, keep: int = 1):
-    self._directory, self.restored = directory, 0
+    self._directory, self._keep, self.restored = directory, keep, 0
     self._passed_over, self._tidied = [], False
     with self._errors("write"):
       self._manager = ocp.CheckpointManager(
@@ -81,6 +81,10 @@ class Checkpointer:
         aside = self._directory / f"damaged.{step}"
         shutil.rmtree(aside, ignore_errors=True)
         (self._directory / str(step)).rename(aside)
+      # Older ones than are kept, whose deletion was cut off.
+      steps = sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
+      for step in steps[:-self._keep]:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
     processes.barrier("checkpoints tidied")
     self._manager.reload()
 

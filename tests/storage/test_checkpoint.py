@@ -50,6 +50,17 @@ def test_oldest_are_deleted(tmp_path):
   assert {p.name for p in folder.iterdir()} == {"3", "4"}
 
 
+def test_what_a_killed_run_did_not_delete_goes_with_the_next(tmp_path):
+  folder = saved(tmp_path / "c", (1, 2, 3), keep=3)
+  checkpoints = Checkpointer(folder, keep=2)
+  checkpoints.restore(tree())
+  checkpoints.tidy()
+  assert {p.name for p in folder.iterdir()} == {"2", "3"} and checkpoints.latest_step() == 3
+  checkpoints.save(4, tree(), {})
+  checkpoints.close()
+  assert {p.name for p in folder.iterdir()} == {"3", "4"}
+
+
 def test_arrays_may_be_donated_after_save(tmp_path):
   checkpoints = Checkpointer(tmp_path / "c")
   state = tree(5)
