@@ -39,7 +39,7 @@ def read_run(folder: pathlib.Path) -> dict:
     config = json.loads((folder / "config.json").read_text())["config"]
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f"--runs: {folder}: not a finished run: {error}") from error
   if "tuned" not in summary:
     raise UserError(f"--runs: {folder}: a pretraining run has nothing to compare")
@@ -249,10 +249,17 @@ def main(argv) -> None:
   if importlib.util.find_spec("matplotlib") is None:
     raise UserError("the page has curves: pip install 'jaxalign[notebooks]' brings matplotlib")
   output = pathlib.Path(_OUTPUT.value)
+  if not output.name or output.is_dir():
+    raise UserError(f"--output={output}: is a folder; name a file")
   folder = output.with_suffix("")
   kept = folder / "results.json"
-  records = json.loads(kept.read_text()) if kept.exists() else []
   identity = lambda r: (r["recipe"], r["task"], r["seed"])
+  try:
+    records = json.loads(kept.read_text()) if kept.exists() else []
+    sorted(map(identity, records))
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise UserError(f"{kept}: not of jaxalign.compare ({error}); delete it and name all --runs"
+                    ) from error
   for run in _RUNS.value:
     new = read_run(pathlib.Path(run))
     records = [r for r in records if identity(r) != identity(new)] + [new]
@@ -262,8 +269,10 @@ def main(argv) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   with whole(kept) as file:
     file.write_text(json.dumps(records, indent=1) + "\n")
-  output.write_text(page(output.stem.capitalize(), records, folder))
-  print(output.read_text())
+  text = page(output.stem.capitalize(), records, folder)
+  with whole(output) as file:
+    file.write_text(text)
+  print(text)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _REWARD = _FLAGS.define("multi_string", "reward", None, "A reward, as in reward.
                         "each of several, which are summed. Those of the run by default.")
 _JUDGE = _FLAGS.define("string", "judge", None, "Held-out scorer, whose features measure "
                        "diversity; that of the run, else emoji_judge.")
-_SEED = _FLAGS.define("integer", "seed", 0, "Of the noise.", lower_bound=0)
+_SEED = _FLAGS.define_seed("Of the noise.")
 _STEPS = _FLAGS.define("integer", "steps", None,
                         "Denoising steps; those of the run, else 20 (28 on a flow).")
 _GUIDANCE = _FLAGS.define("float", "guidance", None,

@@ -20,6 +20,7 @@ from jaxalign.config.command import Flags, run_command
 from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.metrics.inception import Inception, fit, load_inception
+from jaxalign.storage.files import whole
 
 _FLAGS = Flags()
 _WEIGHTS = _FLAGS.define("string", "weights", None, "Inception's weights: .pth or .safetensors.")
@@ -98,7 +99,8 @@ def main(argv) -> None:
     target = metrics.moments(features(params, others, _BATCH.value, str(reference)))
   if _SAVE.value:
     try:
-      np.savez(_SAVE.value, mu=target.mean, sigma=target.covariance)
+      with whole(_SAVE.value.removesuffix(".npz") + ".npz") as file:
+        np.savez(file, mu=target.mean, sigma=target.covariance)
     except OSError as error:
       raise UserError(f"--save={_SAVE.value}: {error}") from error
   drawn = metrics.moments(features(params, files, _BATCH.value, str(folder)))

@@ -21,7 +21,7 @@ from jaxalign import viz
 from jaxalign.config.command import Flags, run_command
 from jaxalign.config.schema import SampleConfig
 from jaxalign.data.prompts import read_prompts
-from jaxalign.devices import rng, sharding
+from jaxalign.devices import memory, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
@@ -34,7 +34,7 @@ _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpo
 _PROMPTS = _FLAGS.define("string", "prompts", None, "Text file, one prompt a line; or a prompt.")
 _OUTPUT = _FLAGS.define("string", "output", None, "Folder for the images.")
 _N = _FLAGS.define("integer", "n", 4, "Images per prompt.", lower_bound=1)
-_SEED = _FLAGS.define("integer", "seed", 0, "Same seed, prompts and n: same images.")
+_SEED = _FLAGS.define_seed("Same seed, prompts and n: same images.")
 _NEGATIVE = _FLAGS.define("string", "negative_prompt", "", "What to steer away from.")
 _STEPS = _FLAGS.define("integer", "steps", None,
                         "Denoising steps; those of the run, else 20 (28 on a flow).")
@@ -65,8 +65,19 @@ def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negati
   """The images of `generate` in order, `[B, H, W, 3]` at a time: whoever has seen them may let go.
 
   A batch is spread over all devices.
+
+  Raises:
+    UserError: at once, of sizes that no machine can hold.
   """
-  pipeline, encode, draw = _programs(pipeline, sample or SampleConfig())
+  programs = _programs(pipeline, sample or SampleConfig())
+  total = len(prompts) * n
+  memory.check_fits(f"--n={n} for {len(prompts)} prompts", total, (), itemsize=0)
+  memory.check_fits(f"--batch={batch}", min(batch, total), (*programs[0].image_size, 3))
+  return _drawn(programs, prompts, n, seed, negative_prompt, batch)
+
+
+def _drawn(programs, prompts, n, seed, negative_prompt, batch) -> Iterator[np.ndarray]:
+  pipeline, encode, draw = programs
   mesh = sharding.make_mesh(-1, 1, 1)
   everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   text = jax.device_put(pipeline.text_params, everywhere)
@@ -155,7 +166,9 @@ def main(argv) -> None:
   pipeline = load_tuned(checkpoint, _DTYPE.value)
   base = (cfg.sample if cfg else own_sampler(pipeline)).__dict__
   sample = SampleConfig(**{**base, **{k: v for k, v in chosen.items() if v is not None}})
-  _programs(pipeline, sample)       # checks the sampler before a folder is made
+  # Checks sampler and sizes before a folder is made.
+  images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
+                   negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   output = pathlib.Path(_OUTPUT.value)
   try:
     output.mkdir(parents=True, exist_ok=True)
@@ -164,8 +177,6 @@ def main(argv) -> None:
   cut = pipeline.cut([text for text in (*prompts, _NEGATIVE.value) if text])
   if cut:
     print(cut)
-  images = batches(pipeline, prompts, _N.value, seed=_SEED.value, sample=sample,
-                   negative_prompt=_NEGATIVE.value, batch=_BATCH.value)
   try:
     with contextlib.closing(images):     # ends the bar before an error is shown
       _write(output, images, prompts, _N.value)

@@ -25,8 +25,7 @@ _AGAINST = _FLAGS.define("multi_string", "against", [], "Another; once for each 
 _PROMPTS = _FLAGS.define("string", "prompts", None, "As of jaxalign.sample, for models.")
 _OUTPUT = _FLAGS.define("string", "output", None, "Folder of the vote.")
 _N = _FLAGS.define("integer", "n", 2, "Pictures per prompt to draw.", lower_bound=1)
-_SEED = _FLAGS.define("integer", "seed", 0, "Of the pictures' noise and of what is asked.",
-                      lower_bound=0)
+_SEED = _FLAGS.define_seed("Of the pictures' noise and of what is asked.")
 _VOTES = _FLAGS.define("integer", "votes", 100, "Asked of each voter, at most.", lower_bound=1)
 _REPEATS = _FLAGS.define("float", "repeats", 0.1, "Share of them asked again, sides swapped.",
                          lower_bound=0.0, upper_bound=0.5)

@@ -210,12 +210,12 @@ def test_workdir_whose_prompts_have_changed_since(fails, tmp_path):
 
 def test_damaged_checkpoint_on_resume(fails, tmp_path):
   path = shutil.copytree(runs.finished(), tmp_path / "run")
-  for file in (path / "checkpoints" / "3" / "state").rglob("d/*"):
+  for file in (path / "checkpoints").glob("*/state/**/d/*"):      # of all that there are
     file.write_bytes(file.read_bytes()[:100])
   before = {p: c for p, c in snapshot(path).items() if p.name != "config.json"}
   fails("launch", *launch_args(f"--workdir={path}", "--config.train.steps=4"),
-        parts=[str(path / "checkpoints"), "cannot read checkpoint", "move",
-               "3 elsewhere to go on"])
+        parts=[str(path / "checkpoints" / "3"), "cannot read checkpoint",
+               "no checkpoint before it is sound; choose another --workdir"])
   assert {p: c for p, c in snapshot(path).items() if p.name != "config.json"} == before
   (path / "summary.json").unlink()
   fails("sample", f"--checkpoint={path}", "--prompts=a cat", f"--output={tmp_path / 'out'}",
@@ -322,6 +322,12 @@ def test_generate(tuned):
     (("--checkpoint={run}", "--prompts=cats.jsonl"), ["--prompts=cats.jsonl"]),
     (("--checkpoint={run}", "--prompts=a cat", "--dtype=float64"), ["dtype", "float64"]),
     (("--checkpoint={run}", "--prompts=a cat", "--n=0"), ["n"]),
+    (("--checkpoint={run}", "--prompts=a cat", "--n=2147483647", "--batch=2147483647"),
+     ["--batch=2147483647", "all memory here"]),
+    (("--checkpoint={run}", "--prompts=a cat", "--n=99999999999"), ["n=99999999999"]),
+    (("--checkpoint={run}", "--prompts=a cat", "--seed=-1"), ["seed=-1"]),
+    (("--checkpoint={run}", "--prompts=a cat", "--seed=4294967296"), ["seed=4294967296"]),
+    (("--checkpoint={run}", "--prompts=a cat", "--height=1000000"), ["sample.height=1000000"]),
     (("--checkpoint={run}", "--prompts=a cat", "--steps=0"), ["sample.steps=0"]),
     (("--checkpoint={run}", "--prompts=a cat", "--eta=2"), ["sample.eta=2"]),
     (("--checkpoint={run}/samples", "--prompts=a cat"), ["samples", "model_index.json"]),

@@ -1,18 +1,31 @@
 """What all commands share: flags in, one-line errors out, an exit status that can be trusted."""
+import os
 import re
 import sys
+import threading
+import time
 
 from absl import flags
 
+from jaxalign.config.fields import MOST
 from jaxalign.config.recipes import load_recipe, recipe_path
+from jaxalign.config.schema import SEEDS
 from jaxalign.errors import Stopped, UserError
+
+LEAVE = 5.0          # seconds that threads have to end after the command
 
 
 class Flags(flags.FlagValues):
   """The flags of one command: its own, so that several commands can be imported together."""
 
+  def define_seed(self, text: str) -> flags.FlagHolder:
+    """The flag `--seed`, of the range that the config key `seed` has."""
+    return self.define("integer", "seed", 0, text, upper_bound=SEEDS - 1)
+
   def define(self, kind: str, *args, **kwargs) -> flags.FlagHolder:
-    """Like absl's `DEFINE_kind`."""
+    """Like absl's `DEFINE_kind`; integers are within those of config keys."""
+    if kind == "integer":
+      kwargs = {"lower_bound": 0, "upper_bound": MOST - 1, **kwargs}
     return getattr(flags, f"DEFINE_{kind}")(*args, flag_values=self, **kwargs)
 
 
@@ -29,7 +42,19 @@ def run_command(main, flag_values: Flags, required: tuple[str, ...] = (),
     for name in flag_values:
       print(f"  --{name}: {flag_values[name].help} (default: {flag_values[name].default})")
     return 0
-  return exit_status(lambda: main(_parse(argv, flag_values, required)))
+  status = exit_status(lambda: main(_parse(argv, flag_values, required)))
+  threading.Thread(target=_leave_behind, args=(status,), daemon=True).start()
+  return status
+
+
+def _leave_behind(status: int) -> None:
+  """Ends the process if threads of the user's code keep it alive after its main thread."""
+  threading.main_thread().join()
+  until = time.monotonic() + LEAVE
+  while any(thread.is_alive() and not thread.daemon for thread in threading.enumerate()):
+    if time.monotonic() > until:
+      os._exit(status)
+    time.sleep(0.1)
 
 
 def exit_status(main) -> int:
@@ -37,10 +62,18 @@ def exit_status(main) -> int:
 
   130 after Ctrl-C and 143 after SIGTERM, where the same command goes on.
   """
+  _hush()
   try:
     main()
-  except UserError as error:
+    sys.stdout.flush()
+  except (UserError, OSError) as error:      # of the latter, a full disk has no key to name
     print(f"error: {error}", file=sys.stderr)
+    return 2
+  except (MemoryError, RuntimeError) as error:
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print(f"error: out of memory ({' '.join(str(error).split())[:200]}); lower sample.batch and "
+          "eval.batch (--batch), or the size of images", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("interrupted; the same command continues the run", file=sys.stderr)
@@ -49,6 +82,21 @@ def exit_status(main) -> int:
     print(f"{stopped}; the same command continues the run", file=sys.stderr)
     return 143
   return 0
+
+
+def _hush() -> None:
+  """Background threads do not show what the main thread is told of, and says in one line."""
+  for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
+    shown = getattr(module, name)
+    if getattr(shown, "hushed", False):
+      continue
+
+    def hook(args, shown=shown):
+      closed = isinstance(args.exc_value, RuntimeError) and "loop is closed" in str(args.exc_value)
+      if not (closed or isinstance(args.exc_value, OSError)):
+        shown(args)
+    hook.hushed = True
+    setattr(module, name, hook)
 
 
 def _parse(argv, flag_values, required):

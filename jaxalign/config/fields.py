@@ -23,8 +23,10 @@ class Range:
   high: float = math.inf
 
 
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
+MOST = 2 ** 31           # the devices count in 32 bits
+Count = Annotated[int, Range(1, MOST)]
+Whole = Annotated[int, Range(0, MOST)]
+Pixels = Annotated[int, Range(0, 2 ** 16)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]     # 1 excluded, as for decay rates
 
@@ -44,7 +46,9 @@ def _check_value(key: str, kind, value) -> None:
     kind, *limits = typing.get_args(kind)
     _check_value(key, kind, value)
     for limit in limits:
-      if limit.high < math.inf and not limit.low <= value < limit.high:
+      if kind is int and value >= limit.high:
+        raise UserError(f"{key}={value} is above {limit.high - 1}")
+      if kind is not int and limit.high < math.inf and not limit.low <= value < limit.high:
         raise UserError(f"{key}={value} is outside [{limit.low}, {limit.high})")
       if value < limit.low:
         raise UserError(f"{key}={value} is below {limit.low}")

@@ -14,6 +14,7 @@ import typing
 import ml_collections
 
 from jaxalign.config import registry, source
+from jaxalign.config.credentials import hidden
 from jaxalign.config.schema import GROUPS, OLD_FINALS, Config
 from jaxalign.errors import UserError
 
@@ -148,8 +149,8 @@ def parse(config: ml_collections.ConfigDict | dict) -> Config:
   # Not of every `Config`: `jaxalign.evaluate` optimises nothing, and may report any reward.
   judge, plain = config.eval.judge, lambda name: name.partition("#")[0]     # without its settings
   if plain(judge) in map(plain, config.reward.names) and not config.reads_pairs:
-    raise UserError(f"reward.names has {judge!r}, the judge (eval.judge), which must never be "
-                    "optimised: name another judge")
+    raise UserError(f"reward.names has {hidden(judge)!r}, the judge (eval.judge), which must never "
+                    "be optimised: name another judge")
   return config
 
 
@@ -188,7 +189,9 @@ def load_recipe(name: str) -> ml_collections.ConfigDict:
     config = source.run_file(file).get_config(*[arg] * bool(arg))
   except UserError:
     raise
-  except (Exception, SystemExit) as error:
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:         # `sys.exit` in it is not to pass for a finished run
     raise UserError(f"recipe {file} failed{source.line_in(error, file)}: "
                     f"{source.one_line(error)}") from error
   if not isinstance(config, ml_collections.ConfigDict):

@@ -7,7 +7,17 @@ import json
 from typing import Annotated, Any, Literal
 
 from jaxalign.config import registry
-from jaxalign.config.fields import Count, Fraction, NonNegative, Range, Whole, check
+from jaxalign.config.credentials import hidden
+from jaxalign.config.fields import (
+  MOST,
+  Count,
+  Fraction,
+  NonNegative,
+  Pixels,
+  Range,
+  Whole,
+  check,
+)
 from jaxalign.errors import UserError
 
 
@@ -125,8 +135,8 @@ class SampleConfig:
   spacing: Literal["", "leading", "trailing", "linspace", "shifted_twice"] = ""
   shift: NonNegative = 0.0
   final: Literal["", "noisy", "clean", "ode"] = "noisy"
-  height: Whole = 0
-  width: Whole = 0
+  height: Pixels = 0
+  width: Pixels = 0
 
   def __post_init__(self):
     object.__setattr__(self, "final", OLD_FINALS.get(self.final, self.final))
@@ -201,7 +211,7 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices per mesh axis; `data=-1` takes all that the others leave."""
-  data: Annotated[int, Range(-1)] = -1
+  data: Annotated[int, Range(-1, MOST)] = -1
   fsdp: Count = 1
   tensor: Count = 1
 
@@ -226,10 +236,10 @@ class EvalConfig:
       again).
   """
   prompts: Whole = 32
-  samples: Annotated[int, Range(2)] = 8
+  samples: Annotated[int, Range(2, MOST)] = 8
   every: Whole = 12
   watch_prompts: Count = 16
-  watch_samples: Annotated[int, Range(2)] = 4
+  watch_samples: Annotated[int, Range(2, MOST)] = 4
   batch: Count = 64
   judge: str = "emoji_judge"
   path_kl: bool = True
@@ -333,12 +343,15 @@ class Config:
                       f"x optim.accumulate) leaves {part} {left} for {shards} devices")
 
   def to_dict(self) -> dict:
-    """Nested plain values, as written to config.json."""
+    """Nested plain values, as written to config.json; without credentials."""
     out = dataclasses.asdict(self)
     out["method"] = {"name": out.pop("method_name"), **out["method"]}
+    out["reward"]["names"] = hidden(self.reward.names)
+    out["eval"]["judge"] = hidden(self.eval.judge)
     return json.loads(json.dumps(out))
 
 
+SEEDS = 2 ** 32          # JAX takes 32 bits and drops the others unsaid
 GROUPS = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in (
     "recipe", "method_name", "seed", "method")}
 
@@ -347,5 +360,5 @@ def check_seed(seed) -> None:
   """Raises UserError unless the config key `seed` is an int in [0, 2**32)."""
   if type(seed) is not int:
     raise UserError(f"config key seed={seed!r} is of type {type(seed).__name__}, not int")
-  if not 0 <= seed < 2 ** 32:                  # JAX takes 32 bits and drops the others unsaid
+  if not 0 <= seed < SEEDS:
     raise UserError(f"seed={seed} is outside [0, 2**32)")

@@ -2,10 +2,8 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Sequence
 
 import jax
@@ -15,8 +13,10 @@ from jaxalign.convert.tensors import check_pointer, look
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline, families
 from jaxalign.models.tokenizer import load_tokenizer
+from jaxalign.storage.files import UNFINISHED, whole_folder
 
 FORMATS = ("diffusers", "flax", "single")
+_INDEX = "model_index.json"
 
 
 def load_pipeline(path, *, unet: str = "", dtype="float32", remat: str = "none",
@@ -98,7 +98,7 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
   """Writes a checkpoint directory; a new one appears whole or not at all.
 
   A checkpoint already at `path` has its components replaced, once the new ones are on disk; other
-  files in it stay.
+  files in it stay. Where a process was killed meanwhile, the next one writes the whole again.
 
   Args:
     pipeline: what to write.
@@ -124,7 +124,7 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
   params = {**pipeline.params, **(params or {})}
   _check_params(pipeline.params, params)
   path = pathlib.Path(path)
-  if path.exists() and not (path / "model_index.json").is_file() and (
+  if path.exists() and not any((path / name).is_file() for name in (_INDEX, UNFINISHED)) and (
       not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path}: exists and is not a checkpoint; not overwritten")
   configs = pipeline.export_configs(format)
@@ -132,10 +132,8 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
     for key in ("dtype", "torch_dtype"):  # newer transformers versions load in this dtype
       if dtype and key in configs[name]:
         configs[name][key] = dtype
-  path = path.resolve()  # renames need the real folder's file system
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-    new = pathlib.Path(temporary) / "new"
+  # Without its index, which goes first and comes back last, the directory is not a checkpoint.
+  with whole_folder(path, removed=_folders(), last=_INDEX) as new:
     for name in (*pipeline.networks, "scheduler"):
       (new / name).mkdir(parents=True)
       _write_json(new / name / _config_file(name), configs[name])
@@ -144,17 +142,7 @@ def save_pipeline(pipeline: Pipeline, path, *, format: str = "diffusers", params
                    pipeline.buffers.get(name, {}), format=format, dtype=dtype)
     for name, tokenizer in pipeline.tokenizers.items():
       tokenizer.save(new / name)
-    _write_json(new / "model_index.json", configs["model_index"])
-    if not path.exists():
-      os.rename(new, path)
-      return
-    # The index goes first and comes back last: in between, the directory is not a checkpoint.
-    (path / "model_index.json").unlink(missing_ok=True)
-    for name in (*_folders(), "model_index.json"):
-      if (path / name).exists():
-        os.rename(path / name, pathlib.Path(temporary) / f"old_{name}")
-      if (new / name).exists():
-        os.rename(new / name, path / name)
+    _write_json(new / _INDEX, configs["model_index"])
 
 
 def _folders() -> list[str]:

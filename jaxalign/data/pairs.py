@@ -16,6 +16,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import threading
 from collections.abc import Callable
@@ -216,7 +217,7 @@ def _open_jsonl(file: pathlib.Path) -> Pairs:
                       "image_1 and label_0")
     for key in ("image_0", "image_1"):
       if key in row:
-        if not isinstance(row[key], str) or not (file.parent / row[key]).is_file():
+        if not isinstance(row[key], str) or not os.path.isfile(file.parent / row[key]):
           raise UserError(f"{here}: {key}={row[key]!r}: no such file beside {file.name}")
         row[key] = file.parent / row[key]
     rows.append(row)

@@ -80,6 +80,11 @@ def agreed(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if several() else value
 
 
+def any_of(value: bool) -> bool:
+  """Whether it is so in any process; all must call this."""
+  return bool(multihost_utils.process_allgather(np.bool_(value)).any()) if several() else value
+
+
 def put(tree, shardings):
   """Host arrays, the same in every process, as global ones; each process keeps its own parts.
 

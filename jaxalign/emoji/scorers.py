@@ -26,6 +26,7 @@ from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWit
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.rewards import Reward
+from jaxalign.storage.files import whole_folder
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 IMAGE_SIZE = 32  # what both scorers see
@@ -149,11 +150,11 @@ class Judge(Reward):
 
 def save_scorer(folder, config: dict, params, tokenizer: Tokenizer) -> None:
   """Writes an asset: `config.json`, `model.safetensors` (f16, paths joined by dots), tokenizer."""
-  folder = pathlib.Path(folder)
-  tokenizer.save(folder)
-  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  save_file({name: np.ascontiguousarray(leaf, dtype=np.float16)
-             for name, leaf in flatten_dict(params, sep=".").items()}, folder / "model.safetensors")
+  with whole_folder(folder, last="config.json") as new:
+    tokenizer.save(new)
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: np.ascontiguousarray(leaf, dtype=np.float16)
+               for name, leaf in flatten_dict(params, sep=".").items()}, new / "model.safetensors")
 
 
 def load_scorer(folder) -> Reward:

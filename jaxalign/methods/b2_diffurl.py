@@ -19,7 +19,7 @@ The method is `policy_gradient` with these options; this file holds their values
 import dataclasses
 from typing import Annotated, Any
 
-from jaxalign.config.fields import Count, Range, Whole
+from jaxalign.config.fields import MOST, Count, Range, Whole
 from jaxalign.methods.shared import policy_gradient
 
 make = policy_gradient.make
@@ -35,7 +35,7 @@ class Config(policy_gradient.Config):
   interval_first: float = 0.7
   advantage: policy_gradient.Advantage = "group_z"
   history: Whole = 8
-  min_count: Annotated[int, Range(2)] = 2
+  min_count: Annotated[int, Range(2, MOST)] = 2
   select: policy_gradient.Selection = "pairs"
 
 

@@ -24,6 +24,7 @@ from jaxalign.emoji import artwork, latents, scenes, signs
 from jaxalign.errors import UserError
 from jaxalign.models.vae import AutoencoderKL
 from jaxalign.pretrain import Look, Task
+from jaxalign.storage.files import whole_folder
 
 LOG_VARIANCE = -8.0        # of the encoder's posterior, everywhere
 
@@ -192,12 +193,13 @@ def make(cfg: Config) -> Task:
         name for kind in looked_at for name in (kind, "decoded")))
 
   def save(params, folder: pathlib.Path, record) -> None:
-    folder = folder / "vae"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(vae_config(cfg), indent=2) + "\n")
-    (folder.parent / "record.json").write_text(json.dumps(record, indent=2) + "\n")
-    weights.save(folder, "vae", jax.device_get(settled(params)), {}, {}, format="diffusers",
-                 dtype="float16")
+    with whole_folder(folder, last="record.json") as new:
+      vae = new / "vae"
+      vae.mkdir()
+      (vae / "config.json").write_text(json.dumps(vae_config(cfg), indent=2) + "\n")
+      weights.save(vae, "vae", jax.device_get(settled(params)), {}, {}, format="diffusers",
+                   dtype="float16")
+      (new / "record.json").write_text(json.dumps(record, indent=2) + "\n")
 
   return Task(init, sheets, draw, loss, look, save)
 
@@ -229,7 +231,7 @@ def read(folder) -> tuple[AutoencoderKL, dict, dict]:
   folder = folder / "vae" if (folder / "vae").is_dir() else folder
   try:
     config = json.loads((folder / "config.json").read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"task.vae={folder}: no autoencoder: {error}") from error
   vae = AutoencoderKL.from_config(config)
   image = jnp.zeros((1, vae.factor, vae.factor, 3))

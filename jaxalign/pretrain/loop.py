@@ -38,16 +38,25 @@ def run(cfg: PretrainConfig, path: pathlib.Path, devices=None) -> dict:
   if devices is None:
     sharding.use_cores(cfg.check_devices)
   jax.config.update("jax_threefry_partitionable", True)
-  with contextlib.ExitStack() as stack:      # closes files and finishes writing whatever happens
-    return _run(cfg, path, devices, stack)
+  try:
+    with contextlib.ExitStack() as stack:    # closes files and finishes writing whatever happens
+      return _run(cfg, path, devices, stack)
+  except OSError as error:                   # a full disk, a folder that went away
+    raise UserError(f"{error}; what --workdir={path} holds is sound, and the same command goes on "
+                    "from its last checkpoint") from error
 
 
 def _run(cfg, path, devices, stack) -> dict:
   workdir = Workdir(path, cfg)
   summary_file = path / "summary.json"
   if summary_file.exists():
-    summary = json.loads(summary_file.read_text())
-    if summary["steps"] >= cfg.train.steps:
+    try:
+      summary = json.loads(summary_file.read_text())
+      done = summary["steps"] >= cfg.train.steps
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+      raise UserError(f"{summary_file}: not the summary of a run ({error}); delete it, and the "
+                      "run's command makes it anew") from error
+    if done:
       tqdm.write(f"{path}: this run is finished; see {summary_file}")
       return summary
   mesh = sharding.make_mesh(-1, 1, 1, devices)
@@ -89,10 +98,12 @@ def _run(cfg, path, devices, stack) -> dict:
 
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)
-  step, before = checkpoints.latest_step() or 0, 0.0
+  step, before = 0, 0.0
+  if checkpoints.latest_step():
+    state, progress = checkpoints.restore(state)
+    step, before = checkpoints.restored, progress["seconds"]
+  checkpoints.tidy()
   if step:
-    state, progress = checkpoints.restore(state, step)
-    before = progress["seconds"]
     tqdm.write(f"resumed at step {step}")
   workdir.open_metrics(step, tensorboard=True)
 

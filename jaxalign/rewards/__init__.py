@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import registry
+from jaxalign.config.credentials import hidden
 from jaxalign.config.source import one_line
 from jaxalign.devices import callbacks, sharding
 from jaxalign.errors import UserError
@@ -143,14 +144,15 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
   names, weights = tuple(names), tuple(float(w) for w in weights)
   if not names:
     raise UserError("reward.names is empty: name at least one reward")
-  if len(set(names)) < len(names):
-    raise UserError(f"reward.names has a name twice: {', '.join(names)}")
+  shown = hidden(names)
+  if len(set(shown)) < len(names):
+    raise UserError(f"reward.names has a name twice: {', '.join(shown)}")
   if len(weights) != len(names):
     raise UserError(f"reward.weights has {len(weights)} numbers for {len(names)} reward.names")
   if not all(map(math.isfinite, weights)):
     raise UserError(f"reward.weights must be finite numbers, not {weights}")
 
-  return _summed(_short(names), weights, [find(name) for name in names])
+  return _summed(_short(shown), weights, [find(name) for name in names])
 
 
 def open_reward(reward: Reward | HostReward, trial: Callable, mesh=None) -> Reward | HostReward:
@@ -281,7 +283,7 @@ def find(name: str) -> Reward | HostReward:
   if name in added:
     return added[name].load()()
   if name not in REWARDS:
-    raise UserError(f"reward.names: unknown reward '{name}'; choose from "
+    raise UserError(f"reward.names: unknown reward '{hidden(name)}'; choose from "
                     f"{', '.join(sorted({*REWARDS, *added}))}, NAME:WHERE with one of "
                     f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
   return registry.resolve(REWARDS[name])()

@@ -17,6 +17,7 @@ import pathlib
 import jax
 
 from jaxalign.config import source
+from jaxalign.devices import callbacks
 from jaxalign.errors import UserError
 from jaxalign.rewards import HostReward, Reward
 from jaxalign.rewards.settings import read_settings
@@ -28,14 +29,23 @@ _FORMS = ("write it as `def f(images, prompts)` for a black box on uint8 images,
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What may follow `#` where a function is not PyTorch's."""
+  """What may follow `#` where a function is not PyTorch's.
+
+  Attributes:
+    name: in logs. timeout: seconds that a black box may take for the images of one call.
+  """
   name: str = ""
+  timeout: float = 600.0
+
+  def __post_init__(self):
+    if not 0 < self.timeout <= callbacks.PATIENCE:
+      raise UserError(f"timeout={self.timeout:g} is outside (0, {callbacks.PATIENCE:g}]")
 
 
 def load_user_reward(spec: str) -> Reward | HostReward:
   """The reward that `path/to/file.py:function` names; a relative path is from the working folder.
 
-  Settings may follow a `#`: of PyTorch those of `pytorch.Settings`, of others `name` alone.
+  Settings may follow a `#`: of PyTorch those of `pytorch.Settings`, of others those above.
 
   Raises:
     UserError: missing file or function, a file that fails to run, or none of the three forms. Also
@@ -53,9 +63,10 @@ def load_user_reward(spec: str) -> Reward | HostReward:
       raise UserError(f"reward.names: {spec} takes ({', '.join(parameters)}): {_FORMS}")
     from jaxalign.rewards import pytorch
     return pytorch.pytorch_reward(spec, read_settings(full, settings, pytorch.Settings), module, f)
-  read_settings(full, settings, Settings)
+  settings = read_settings(full, settings, Settings)
   if parameters == ["images", "prompts"]:
-    return HostReward(spec, _guarded(f, spec, path), "set by the user's function")
+    return HostReward(spec, _in_time(_guarded(f, spec, path), spec, settings.timeout),
+                      "set by the user's function")
   if parameters == ["images", "prepared"]:
     score = _guarded(f, spec, path)
     prepare = getattr(module, "prepare", None)
@@ -70,7 +81,9 @@ def _run_file(path):
     raise UserError(f"reward.names: no file {path}")
   try:
     return source.run_file(path)
-  except (Exception, SystemExit) as e:
+  except KeyboardInterrupt:
+    raise
+  except BaseException as e:
     raise UserError(f"reward.names: {path} failed to run{source.line_in(e, path)}: "
                     f"{source.one_line(e)}") from e
 
@@ -80,9 +93,22 @@ def _guarded(f, spec, path):
   def call(*args):
     try:
       return f(*args)
-    except Exception as e:
+    except KeyboardInterrupt:
+      raise
+    except BaseException as e:           # also `sys.exit`, which is not to end the run as if done
       hint = ("; use jax.numpy and no Python `if` on values, or take `prompts` for a black box"
               if isinstance(e, jax.errors.JAXTypeError) else "")
       raise UserError(f"reward.names: {spec} raised{source.line_in(e, path)} "
                       f"{source.one_line(e)}{hint}") from e
+  return call
+
+
+def _in_time(f, spec, timeout):
+  """`f` in a thread that is left behind if it hangs, or after Ctrl-C."""
+  def call(*args):
+    try:
+      return callbacks.in_thread(lambda: f(*args), timeout)
+    except TimeoutError as e:
+      raise UserError(f"reward.names: {spec} took longer than {timeout:g} s; allow more with "
+                      "#timeout=") from e
   return call

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign import metrics
-from jaxalign.devices import callbacks, processes, rng
+from jaxalign.devices import callbacks, memory, processes, rng
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward, check_scores, find, weighted_sum
 from jaxalign.train.experiment import Experiment, gather
@@ -99,6 +99,8 @@ class Evaluator:
       self._tables[names] = exp.prompt_table(prompts)
     table = self._tables[names]
     total = len(prompts) * samples
+    memory.check_fits(f"{samples} samples of {len(prompts)} prompts (eval.samples, --samples)",
+                      total, (*exp.pipeline.image_size, 3), itemsize=1)
     ids = np.arange(-(-total // size) * size, dtype=np.int32)
     prompt_ids = np.minimum(ids, total - 1) // samples       # the last batch is filled up
     key = rng.stream(self._root, stream)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxalign.config.schema import Config
 from jaxalign.data.prompts import read_prompts
-from jaxalign.devices import processes, sharding
+from jaxalign.devices import memory, processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods import Models
 from jaxalign.models.pipeline import Pipeline
@@ -97,6 +97,9 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
   outline = pipeline.is_outline
+  if not outline:                      # which may be that of a larger machine
+    for key, size in (("sample.batch", cfg.sample.batch), ("eval.batch", cfg.eval.batch)):
+      memory.check_fits(f"{key}={size}", size, (*pipeline.image_size, 3))
   trial = lambda gradient: Trial(
       pipeline.image_size, read_prompts("data.eval_prompts", cfg.data.eval_prompts),
       cfg.method_name, gradient, outline)

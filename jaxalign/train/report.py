@@ -12,7 +12,7 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
 from jaxalign.rewards import check_scores
-from jaxalign.storage.files import whole
+from jaxalign.storage.files import whole_folder
 from jaxalign.train.experiment import Experiment
 
 
@@ -92,21 +92,21 @@ def before_and_after(workdir, base, tuned, prompts, rows) -> None:
 
 
 def write_product(folder: pathlib.Path, prompts, noise, best_step, base, tuned) -> None:
-  """Images as PNG, their noise as npz, and `instances.jsonl`, a line for each, written last."""
-  for name in ("images", "noise"):
-    (folder / name).mkdir(parents=True, exist_ok=True)
-  samples, lines = tuned.images.shape[1], []
-  for i, z in enumerate(noise):
-    p, k = divmod(i, samples)
-    name = f"{p:04d}_{k:02d}"
-    Image.fromarray(tuned.images[p, k]).save(folder / "images" / f"{name}.png")
-    np.savez(folder / "noise" / f"{name}.npz", noise=z, prompt=prompts[p])
-    scores = {f"{score}_{when}": float(s.scores[score][p, k]) for score in base.scores
-              for when, s in (("before", base), ("after", tuned))}
-    lines.append(json.dumps({"prompt": prompts[p], "sample": k, "image": f"images/{name}.png",
-                             "noise": f"noise/{name}.npz", "step": int(best_step[i]), **scores}))
-  with whole(folder / "instances.jsonl") as file:
-    file.write_text("".join(line + "\n" for line in lines))
+  """Images as PNG, their noise as npz, and `instances.jsonl`, a line for each."""
+  with whole_folder(folder, last="instances.jsonl") as new:
+    for name in ("images", "noise"):
+      (new / name).mkdir()
+    samples, lines = tuned.images.shape[1], []
+    for i, z in enumerate(noise):
+      p, k = divmod(i, samples)
+      name = f"{p:04d}_{k:02d}"
+      Image.fromarray(tuned.images[p, k]).save(new / "images" / f"{name}.png")
+      np.savez(new / "noise" / f"{name}.npz", noise=z, prompt=prompts[p])
+      scores = {f"{score}_{when}": float(s.scores[score][p, k]) for score in base.scores
+                for when, s in (("before", base), ("after", tuned))}
+      lines.append(json.dumps({"prompt": prompts[p], "sample": k, "image": f"images/{name}.png",
+                               "noise": f"noise/{name}.npz", "step": int(best_step[i]), **scores}))
+    (new / "instances.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
 # What every summary has, and of which type.

@@ -26,7 +26,7 @@ def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
     return None
   try:
     return recipes.parse(recipes.completed(json.loads(file.read_text())["config"]))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(f"{file}: not the config of a run ({error})") from error
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxalign import methods
-from jaxalign.devices import callbacks, processes, rng, sharding
+from jaxalign.devices import callbacks, memory, processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods.shared.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
@@ -26,6 +26,8 @@ class Search:
     self._root = jax.random.key(exp.config.seed)
     size, samples = exp.config.sample.batch, exp.config.eval.samples
     self.total = len(prompts) * samples
+    latents = (1 + exp.config.sample.steps, *exp.models.latent_shape)
+    memory.check_fits(f"eval.samples={samples} of {len(prompts)} prompts", self.total, latents)
     ids = np.minimum(np.arange(-(-self.total // size) * size), self.total - 1).astype(np.int32)
     table = exp.prompt_table(prompts)
     self._prompts, self._batches = {}, {}

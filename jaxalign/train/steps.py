@@ -24,24 +24,27 @@ def begin(judge: float) -> dict:
 
 
 def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, progress: dict):
-  """`(step, content)` of the latest checkpoint, whose progress replaces `progress`; or `(0, None)`.
+  """`(step, content)` of the latest sound checkpoint, whose progress replaces `progress`.
+
+  `(0, None)` where there is none at all.
 
   Raises:
     UserError: the checkpoints are damaged, or gone though the run has a result.
   """
-  step = checkpoints.latest_step() or 0
-  if not step:
+  if not checkpoints.latest_step():
+    checkpoints.tidy()
     if (workdir.path / "summary.json").exists():
       raise UserError(f"--workdir={workdir.path}: this run has a result, but no checkpoint "
                       "to go on from; choose another --workdir")
     return 0, None
-  saved, old = checkpoints.restore(content, step)
+  saved, old = checkpoints.restore(content)
+  checkpoints.tidy()
   progress.update(old)
   if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
     if progress["stopped"].startswith("train.max_seconds"):
       progress["stopped"] = ""             # it was given more time
-  processes.say(f"resumed at step {step}")
-  return step, saved
+  processes.say(f"resumed at step {checkpoints.restored}")
+  return checkpoints.restored, saved
 
 
 def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dict, step: int, *,

@@ -1,4 +1,5 @@
 """The folder of a run: config, metrics, pictures, evaluations, summary; never mixed up."""
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -6,19 +7,23 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 
 import numpy as np
 from flax import traverse_util
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from jaxalign.config.credentials import hidden
 from jaxalign.config.recipes import completed
 from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 from jaxalign.storage import lock
-from jaxalign.storage.files import whole
+from jaxalign.storage.files import sweep, whole
 from jaxalign.train.evaluation import Samples
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.
@@ -57,7 +62,7 @@ class Workdir:
                             "changed since; choose another --workdir")
       elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise UserError(f"--workdir={path}: {error}") from error
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -77,6 +82,7 @@ class Workdir:
       try:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock.Lock(self.path, f"--workdir={self.path}")
+        sweep(self.path)
         content = {"config": self._config.to_dict(), "contents": self._contents,
                    "environment": environment()}
         self.write_json("config.json", content)
@@ -93,6 +99,7 @@ class Workdir:
     if "method" in old and "method" in new:
       old = completed(old)
     old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (old, new))
+    old = {key: hidden(value) for key, value in old.items()}       # older versions wrote them
     for key in sorted(old.keys() | new.keys()):
       if key not in FREE_KEYS and old.get(key) != new.get(key):
         raise UserError(f"--workdir={self.path}: belongs to another run: {key} was "
@@ -139,7 +146,7 @@ class Workdir:
     if rows:
       self._last = sum(map(len, lines[:-1])), list(rows.values())[-1]
     if tensorboard:
-      self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+      self._board = Board(self.path / "tensorboard", step + 1)
 
   def log(self, step: int, seconds: float, values: dict[str, float]) -> None:
     """The row of a step in metrics.jsonl, or what is added to it; and the same to TensorBoard.
@@ -158,15 +165,16 @@ class Workdir:
     self._metrics.write(json.dumps(row) + "\n")
     self._metrics.flush()
     if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
+      self._board.add(step, values)
 
   def close(self) -> None:
-    for file in (self._metrics, self._board):
-      if file is not None:
-        file.close()
-    if self._lock is not None:
-      self._lock.release()
+    """Closes all of it, whatever a full disk says to one part."""
+    with contextlib.ExitStack() as stack:
+      if self._lock is not None:
+        stack.callback(self._lock.release)
+      for file in (self._metrics, self._board):
+        if file is not None:
+          stack.callback(file.close)
 
   def cached(self, name: str, draw) -> Samples:
     """Samples from `NAME.npz`, or from `draw()`, which are then kept there."""
@@ -190,6 +198,30 @@ class Workdir:
     file.parent.mkdir(exist_ok=True)
     with whole(file) as partial:
       np.savez(partial, **samples.arrays())
+
+
+class Board:
+  """Event files of TensorBoard, written at once: no thread has anything to say when a disk is full.
+
+  Args:
+    step: the first one to come; later ones of files that are there already are not shown any more.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._file = EventsWriter(str(folder / "events"))
+    self._write(step=step, session_log=SessionLog(status=SessionLog.START))
+
+  def add(self, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+      self._write(step=step, summary=scalar(name, value))
+
+  def _write(self, **content) -> None:
+    self._file.write_event(Event(wall_time=time.time(), **content))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def environment() -> dict:

@@ -1,4 +1,5 @@
 """Pictures of a model for a vote: drawn by `jaxalign.sample`, once."""
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -23,8 +24,9 @@ def draw(checkpoint: str, prompts: str, folder: pathlib.Path, *, n: int, seed: i
   wanted = {"checkpoint": str(pathlib.Path(checkpoint).resolve()),
             "prompts": hashlib.sha256(text).hexdigest(), "n": n, "seed": seed}
   note = folder / "drawn.json"
-  if is_samples(folder) and note.exists() and json.loads(note.read_text()) == wanted:
-    return folder
+  with contextlib.suppress(OSError, ValueError, RecursionError):     # a damaged note is none
+    if is_samples(folder) and json.loads(note.read_text()) == wanted:
+      return folder
   print(f"drawing {checkpoint}", flush=True)
   done = subprocess.run(
       [sys.executable, "-m", "jaxalign.sample", f"--checkpoint={checkpoint}",

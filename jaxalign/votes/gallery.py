@@ -74,7 +74,7 @@ class Gallery:
       gallery = cls(tuple(saved["models"]), tuple(saved["prompts"]),
                     tuple(Picture(**p) for p in saved["pictures"]),
                     tuple(Pair(**p) for p in saved["pairs"]), saved["identical"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
       raise UserError(f"{file}: not the ballot of a votes folder ({error})") from error
     for picture in gallery.pictures:
       if not picture_file(folder, picture.digest).is_file():
@@ -157,7 +157,7 @@ def _read_samples(folder: pathlib.Path) -> dict[str, list]:
     try:
       row = json.loads(line)
       name, prompt, seed = row["file"], row["prompt"], row.get("seed")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise UserError(f"{file}: line {number} is not of jaxalign.sample ({error})") from error
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or name.startswith("."):
       raise UserError(f"{file}: line {number}: file={name!r} is not a name in that folder")

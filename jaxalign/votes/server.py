@@ -50,7 +50,7 @@ def open_links(folder: pathlib.Path, voters: list[str]) -> dict[str, str]:
     with whole(file) as partial:
       partial.touch(mode=0o600)
       partial.write_text(json.dumps(links, indent=1) + "\n", encoding="utf-8")
-  except (OSError, ValueError, AttributeError) as error:
+  except (OSError, ValueError, AttributeError, RecursionError) as error:
     raise UserError(f"{file}: {error}") from error
   return {name: links[name] for name in voters}
 

@@ -64,7 +64,7 @@ def read_events(folder: pathlib.Path) -> list[dict]:
     try:
       event = json.loads(line)
       event["event"], event["voter"], event["ask"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise UserError(f"{path}: line {number} is damaged ({error})") from error
     events.append(event)
   return events

@@ -16,6 +16,7 @@ from flax import serialization, traverse_util
 from jaxalign.convert import load_pipeline, names, save_pipeline
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images
+from jaxalign.storage.files import UNFINISHED
 from jaxalign.testing.fixture import make_pipeline_dir
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -153,6 +154,14 @@ def test_save_replaces_a_checkpoint_but_nothing_else(pipeline, copy, tmp_path):
   (other / "thesis.tex").write_text("")
   with pytest.raises(UserError, match="not a checkpoint"):
     save_pipeline(pipeline, other)
+  # As a process leaves it that was killed while it replaced the components.
+  (copy / "model_index.json").unlink()
+  (copy / UNFINISHED).touch()
+  with pytest.raises(UserError, match="no model_index.json"):
+    load_pipeline(copy)
+  save_pipeline(pipeline, copy)
+  assert_same_params(load_pipeline(copy).params, pipeline.params)
+  assert not (copy / UNFINISHED).exists()
   with pytest.raises(ValueError, match="vae"):
     save_pipeline(pipeline, tmp_path / "new", params={"vae": pipeline.params["unet"]})
 

@@ -3,6 +3,8 @@ import base64
 import http.server
 import io
 import json
+import os
+import signal
 import threading
 import time
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import runs
 from jaxalign.errors import UserError
+from jaxalign.rewards import http as http_rewards
 from jaxalign.rewards import make_reward
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3)).astype(np.uint8)
@@ -19,7 +23,7 @@ PROMPTS = ["a cat", "a dog", "a cat", "naïve", "a bird"]
 
 class Server(http.server.ThreadingHTTPServer):
   """Scores by mean brightness plus the prompt's length; `mode` says how it misbehaves."""
-  mode, requests, refusals = "", (), 0
+  mode, requests, refusals, code = "", (), 0, 307
 
   def __enter__(self):
     self.requests = []
@@ -43,19 +47,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server.requests.append(len(content["prompts"]))
     if server.refusals:
       server.refusals -= 1
-      return self.answer(503, b"later")
+      return self.answer(503, b"later", **{"Retry-After": "99999"})
     if server.mode == "slow":
       time.sleep(1.5)
+    if server.mode.startswith(("http", "ftp", "/")):
+      if self.path != "/final":
+        return self.answer(server.code, b"", location=server.mode)
+    if server.mode == "drip":
+      self.answer(200, b"")
+      for _ in range(100):
+        self.wfile.write(b" ")
+        time.sleep(0.05)
+    server.headers = dict(self.headers)
     scores = [float(np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))).mean()) + len(text)
               for image, text in zip(content["images"], content["prompts"], strict=True)]
     answers = {"nan": '{"scores": [%s]}' % ", ".join(["NaN"] * len(scores)), "text": "hello",
                "other": '{"rewards": []}', "few": json.dumps({"scores": scores[1:]}),
+               "deep": '{"scores":' + "[" * 20000, "ragged": '{"scores": [[1], [1, 2], 3, 4, 5]}',
+               "endless": " " * 10 ** 6, "not utf-8": "\udcff", "null": "null",
+               "huge": '{"scores": [%s]}' % ", ".join(["1" * 5000] * len(scores)),
                "words": json.dumps({"scores": ["high"] * len(scores)})}
     code = 404 if server.mode == "gone" else 200
-    self.answer(code, answers.get(server.mode, json.dumps({"scores": scores})).encode())
+    self.answer(code, answers.get(server.mode, json.dumps({"scores": scores})).encode(
+        errors="surrogateescape"))
 
-  def answer(self, code, content):
+  def answer(self, code, content, **headers):
     self.send_response(code)
+    for key, value in headers.items():
+      self.send_header(key, value)
     self.end_headers()
     self.wfile.write(content)
 
@@ -82,8 +101,10 @@ def test_scores_in_order_and_in_batches(server):
   assert server.requests[3:] == [5]
 
 
-def test_a_busy_server_is_asked_again(server):
+def test_a_busy_server_is_asked_again(server, monkeypatch):
+  """And is waited for no longer than is reasonable, whatever it asks for."""
   server.refusals = 2
+  monkeypatch.setattr(http_rewards, "PAUSE", 0.1)
   assert np.isfinite(score(server.url)).all()
   assert server.requests == [5, 5, 5]
 
@@ -91,11 +112,17 @@ def test_a_busy_server_is_asked_again(server):
 @pytest.mark.parametrize("mode, settings, words", [
     ("slow", "timeout=0.3&retries=0", "timed out"), ("gone", "", "404"), ("nan", "", "not finite"),
     ("text", "", "not JSON"), ("other", "", "no \"scores\""), ("few", "", "one score for each"),
-    ("words", "", "not real numbers")])
+    ("words", "", "not real numbers"), ("deep", "", "not JSON"), ("ragged", "", "one score for"),
+    ("endless", "", "longer than"), ("not utf-8", "", "not JSON"), ("null", "", "no \"scores\""),
+    ("huge", "", "not JSON"), ("drip", "timeout=0.3&retries=0", "timed out"),
+    ("http://localhost:1/elsewhere", "", "redirects (307) to 'http://localhost:1/elsewhere'"),
+    ("http://", "", "redirects"), ("http://[", "", "redirects"), ("ftp://a/b", "", "redirects"),
+    ("/score", "", "redirects more than")])
 def test_what_a_server_does_wrong(server, mode, settings, words):
-  server.mode = mode
+  server.mode, begun = mode, time.monotonic()
   with pytest.raises(UserError) as error:
     score(f"{server.url}#{settings}")
+  assert time.monotonic() - begun < 5 and "\n" not in str(error.value)
   assert server.url in str(error.value) and words in str(error.value)
 
 
@@ -104,16 +131,63 @@ def test_no_server():
     score("http://127.0.0.1:9/score#retries=1")
 
 
-def test_refusals_end(server):
+def test_refusals_end(server, monkeypatch):
   server.refusals = 99
+  monkeypatch.setattr(http_rewards, "PAUSE", 0.1)
   with pytest.raises(UserError, match="503"):
     score(f"{server.url}#retries=1")
   assert server.requests == [5, 5]
 
 
 @pytest.mark.parametrize("settings, words", [
-    ("size=3", "size is no setting"), ("batch=0", "too small"), ("batch=two", "not a number"),
-    ("timeout=0", "too small")])
+    ("size=3", "size is no setting"), ("batch=0", "outside"), ("batch=two", "not a number"),
+    ("timeout=0", "outside"), ("timeout=inf", "outside"), ("timeout=nan", "outside"),
+    ("timeout=1e30", "outside"), ("retries=-1", "outside"), ("retries=1e9", "not a number")])
 def test_settings_that_are_none(settings, words):
   with pytest.raises(UserError, match=words):
     make_reward((f"http://localhost/#{settings}",), (1.0,))
+
+
+def test_redirects_on_the_same_host_are_followed(server):
+  server.mode = "/final"
+  assert np.isfinite(score(server.url)).all()
+  server.code = 302                              # would turn the POST into a GET
+  with pytest.raises(UserError, match="redirects .302"):
+    score(server.url)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://h:99999/", "http://a..b/x"])
+def test_what_is_no_url(url):
+  with pytest.raises(UserError, match="is no URL"):
+    make_reward((url,), (1.0,)).score(IMAGES, PROMPTS)
+
+
+def test_credentials_are_sent_and_never_written(server):
+  name = server.url.replace("//", "//me:s3cr%21t@") + "?model=7&api_key=hunter2#batch=5"
+  reward = make_reward((name,), (1.0,))
+  assert np.isfinite(reward.score(IMAGES, PROMPTS)).all()
+  assert base64.b64decode(server.headers["Authorization"].split()[1]) == b"me:s3cr!t"
+  shown = server.url.replace("//", "//***@") + "?model=7&api_key=***#batch=5"
+  assert list(reward.weights) == [reward.name] == [shown]
+  server.mode = "gone"
+  messages = []
+  for broken in (name, name.replace(str(server.server_address[1]), "9") + "&retries=0"):
+    with pytest.raises(UserError) as error:
+      make_reward((broken,), (1.0,)).score(IMAGES, PROMPTS)
+    messages.append(str(error.value))
+  config = runs.smoke("ddpo", reward__names=(name,))
+  for text in (*messages, json.dumps(config.to_dict())):
+    assert "***" in text and not any(s in text for s in ("s3cr", "hunter2")), text
+  assert config.reward.names == (name,)
+  with pytest.raises(UserError, match="twice"):    # what tells them apart could not be written
+    make_reward((name, name.replace("hunter2", "other")), (1.0, 1.0))
+
+
+def test_interrupts_do_not_wait_for_the_server(server):
+  server.mode = "drip"
+  timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+  begun = time.monotonic()
+  timer.start()
+  with pytest.raises(KeyboardInterrupt):
+    score(f"{server.url}#timeout=30")
+  assert time.monotonic() - begun < 2

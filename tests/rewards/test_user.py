@@ -1,4 +1,7 @@
 """The user's own reward file: both forms work, every mistake becomes one clear line."""
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,12 +113,42 @@ def test_missing_file(tmp_path):
   ("[1j, 2j, 3j]", ["complex128"]),
   ("[[1], [2, 3]]", ["no array"]),
   ("1 / 0", ["raised at line 2 ZeroDivisionError: division by zero"]),
+  ("__import__('sys').exit(0)", ["raised at line 2 SystemExit: 0"]),
+  ("(_ for _ in ()).throw(__import__('asyncio').CancelledError())", ["line 2 CancelledError"]),
+  ("__import__('time').sleep(1e4)", ["took longer than 1 s", "#timeout="]),
 ])
 def test_black_box_that_misbehaves(user, result, said):
-  reward = user(f"def f(images, prompts):\n  return {result}\n")
+  reward = user(f"def f(images, prompts):\n  return {result}\n", "f#timeout=1")
   message = _fails(lambda: reward.score(UINT8, PROMPTS))
   assert all(part in message for part in said), message
   assert "mine.py:f" in message
+
+
+def test_a_black_box_whose_own_process_dies(user):
+  reward = user("import concurrent.futures, os\n"
+                "def f(images, prompts):\n"
+                "  with concurrent.futures.ProcessPoolExecutor(1) as pool:\n"
+                "    return pool.submit(os._exit, 0).result()\n")
+  assert "raised at line 4 BrokenProcessPool" in _fails(lambda: reward.score(UINT8, PROMPTS))
+
+
+@pytest.mark.parametrize("timeout", ["0", "nan", "inf", "-1", "1e9"])
+def test_timeouts_that_are_none(user, timeout):
+  with pytest.raises(UserError, match="timeout=.* is outside"):
+    user("def f(images, prompts): pass", f"f#timeout={timeout}")
+
+
+def test_threads_of_the_user_do_not_keep_a_command_alive():
+  """Where they are no daemons, and whatever the command's own status is."""
+  code = ("import sys, threading, time\n"
+          "from jaxalign.config import command\n"
+          "command.LEAVE = 0.2\n"
+          "def main(argv):\n"
+          "  threading.Thread(target=time.sleep, args=(1e4,)).start()\n"
+          "  raise command.UserError('the only line')\n"
+          "sys.exit(command.run_command(main, command.Flags()))\n")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stderr) == (2, "error: the only line\n")
 
 
 def test_many_lines_of_error_become_one(user):

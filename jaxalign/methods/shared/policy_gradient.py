@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxalign.config.fields import Count, NonNegative, Range, Whole, check
+from jaxalign.config.fields import MOST, Count, NonNegative, Range, Whole, check
 from jaxalign.config.schema import OptimConfig
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
@@ -116,7 +116,7 @@ class Config:
   step_weights: Literal["uniform", "even"] = "uniform"
   advantage: Advantage = "prompt"
   history: Whole = 16
-  min_count: Annotated[int, Range(2)] = 16     # one reward has no spread
+  min_count: Annotated[int, Range(2, MOST)] = 16     # one reward has no spread
   advantage_clip: NonNegative = 5.0
   select: Selection = "all"
   keep_above: float = 0.5
