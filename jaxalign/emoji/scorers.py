@@ -147,17 +147,17 @@ class Judge(Reward):
   style: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
-def save_scorer(folder, config: dict, params, tokenizer: Tokenizer) -> None:
-  """Writes an asset: `config.json`, `model.safetensors` (f16, paths joined by dots), tokenizer."""
+def save_network(folder, config: dict, params) -> None:
+  """Writes `config.json` and `model.safetensors` (f16, paths joined by dots)."""
   folder = pathlib.Path(folder)
-  tokenizer.save(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   save_file({name: np.ascontiguousarray(leaf, dtype=np.float16)
              for name, leaf in flatten_dict(params, sep=".").items()}, folder / "model.safetensors")
 
 
-def load_scorer(folder) -> Reward:
-  """The scorer in `folder`, as `save_scorer` writes it. Its score is a cosine in [-1, 1].
+def read_network(folder, names) -> tuple[dict, Any]:
+  """Config and weights that `save_network` wrote; the config's `name` is one of `names`.
 
   Raises:
     UserError: a file is missing or unknown.
@@ -168,11 +168,28 @@ def load_scorer(folder) -> Reward:
     flat = load_file(folder / "model.safetensors")
   except (OSError, ValueError) as error:
     raise UserError(f"{folder}: not a scorer: {error}") from error
-  name = config.get("name")
-  if name not in SCORERS:
-    raise UserError(f"{folder / 'config.json'}: name: {name!r} is not one of {', '.join(SCORERS)}")
+  if config.get("name") not in names:
+    raise UserError(f"{folder / 'config.json'}: name: {config.get('name')!r} is not one of "
+                    f"{', '.join(names)}")
+  return config, unflatten_dict({path: leaf.astype(np.float32) for path, leaf in flat.items()},
+                                sep=".")
+
+
+def save_scorer(folder, config: dict, params, tokenizer: Tokenizer) -> None:
+  """Writes an asset: `save_network`'s files and the tokenizer."""
+  save_network(folder, config, params)
+  tokenizer.save(folder)
+
+
+def load_scorer(folder) -> Reward:
+  """The scorer in `folder`, as `save_scorer` writes it. Its score is a cosine in [-1, 1].
+
+  Raises:
+    UserError: a file is missing or unknown.
+  """
+  config, params = read_network(folder, SCORERS)
+  name = config["name"]
   module, tokenizer = SCORERS[name](config["model"]), Tokenizer.load(folder)
-  params = unflatten_dict({path: leaf.astype(np.float32) for path, leaf in flat.items()}, sep=".")
 
   def apply(method):
     return lambda params, x: module.apply({"params": params}, x, method=method)

@@ -100,6 +100,8 @@ class HostReward:
 
 # Name -> `module:function` without arguments; a module is imported when its reward is asked for.
 REWARDS = {
+    **{prefix + name: f"jaxalign.emoji.checks:{prefix}{name}" for prefix in ("", "soft_")
+       for name in ("colour", "number", "place", "scene", "scene_share", "style_3d", "subjects")},
     "brightness": "jaxalign.rewards.rules:brightness",
     "color_accuracy": "jaxalign.emoji.colours:color_accuracy",
     "color_match": "jaxalign.emoji.colours:color_match",
