@@ -72,8 +72,8 @@ class Tables(NamedTuple):
 class Layout(NamedTuple):
   """What pictures show, N drawings.
 
-  drawing: `[B, 5]` int32 rows of the four quarters and of the one that fills the picture, in [0, N);
-  N where there is none. style: `[B, 5]` int32. colour: `[B]` int32.
+  drawing: `[B, 5]` int32 in [0, N], of the four quarters and of the one that fills the picture; N
+  where there is none. style: `[B, 5]` int32. colour: `[B]` int32.
   """
   drawing: jax.Array
   style: jax.Array
@@ -111,7 +111,7 @@ class Layout(NamedTuple):
 
 
 def draw_layout(tables: Tables, key, batch: int, subjects: int, others: float) -> Layout:
-  """A third of one large drawing; else each quarter is empty or shows one, half of them of a kind."""
+  """A third shows one large drawing, the others something or nothing in each quarter."""
   count = len(tables.visible)
   keys = iter(jax.random.split(key, 9))
   chance = lambda p, shape: jax.random.uniform(next(keys), shape) < p

@@ -9,7 +9,6 @@ import pytest
 import worlds
 from jaxalign.emoji import checks, crops, reader, scenes
 from jaxalign.emoji.artwork import STYLES
-from jaxalign.errors import UserError
 
 K = len(worlds.NAMES)
 EMPTY, OTHER = K, K + 1
