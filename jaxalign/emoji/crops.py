@@ -3,7 +3,7 @@
 One classifier looks at five crops of 32 pixels, the four quarters and the whole at half its size,
 where a drawing that fills the picture is as large as one in a quarter. It names the subject of a
 crop, or says that it is empty or something else, and whose style it is. The background's colour is
-read by rule. `configs/pretrain_emoji_scorers.py:scene_check` trains it.
+read by rule. `configs/pretrain_scene_scorers.py:scene_check` trains it.
 """
 import functools
 import pathlib

@@ -16,16 +16,11 @@ import numpy as np
 import optax
 
 from jaxalign.config.fields import Count, Fraction, NonNegative, check
-from jaxalign.emoji import artwork, checks, crops, latents, scenes
+from jaxalign.emoji import artwork, checks, crops, scenes
 from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import save_network
 from jaxalign.errors import UserError
-from jaxalign.models.vae import decode_images
-from jaxalign.pretrain import Look, Task, autoencoder
-
-SHIFT = 2                  # pixels by which a picture may be off
-NOISE = 0.03               # standard deviation on the pictures that the decoder did not paint
-PAINTED = 0.3              # standard deviation of the latents' noise where figures are taken
+from jaxalign.pretrain import Look, Task, painting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +125,6 @@ def draw_layout(tables: Tables, key, batch: int, subjects: int, others: float) -
   return Layout(jnp.where(shown, drawing, count), style, colour)
 
 
-def shift(images, key):
-  """Each picture moved by up to `SHIFT` pixels; its border is carried on."""
-  b, size = len(images), images.shape[1]
-  by = jax.random.randint(key, (b, 2), 0, 2 * SHIFT + 1)
-  wide = jnp.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), "edge")
-  return jax.vmap(lambda image, at: jax.lax.dynamic_slice(
-      image, (at[0], at[1], 0), (size, size, 3)))(wide, by)
-
-
 def altered(scene: scenes.Scene, names, generator) -> scenes.Scene:
   """Another scene that differs from this one in a random part of what its caption says."""
   other = lambda values, *but: str(generator.choice([v for v in values if v not in but]))
@@ -156,8 +142,7 @@ def altered(scene: scenes.Scene, names, generator) -> scenes.Scene:
 
 def make(cfg: Config) -> Task:
   """The classifier as a Task; its parameters are the network's."""
-  vae, vae_params, _ = autoencoder.read(cfg.vae)
-  fixed, all_drawings = latents.load(), artwork.load(cfg.artwork)
+  painter, all_drawings = painting.Painter.read(cfg.vae), artwork.load(cfg.artwork)
   codes = list(scenes.SUBJECTS)[:cfg.subjects]
   others = [code for code in all_drawings.codes if code not in scenes.SUBJECTS]
   drawings = all_drawings.of([*codes, *others])
@@ -166,28 +151,17 @@ def make(cfg: Config) -> Task:
   module = crops.CropClassifier(model)
   visible = scenes.contrast(drawings)
   table = scenes.table(names, visible[:cfg.subjects], lambda scene: True)
-  tables = Tables(scenes.Sheets.of(drawings), visible, vae_params)
+  tables = Tables(scenes.Sheets.of(drawings), visible, painter.params)
 
   def init(key):
     return module.init(key, jnp.zeros((1, crops.SIZE, crops.SIZE, 3)))["params"]
 
-  def paint(vae_params, images, key):
-    z = fixed.encode(images)
-    k_size, k_noise = jax.random.split(key)
-    sizes = jax.random.uniform(k_size, (len(z), 1, 1, 1), maxval=cfg.latent_noise)
-    return decode_images(vae, vae_params, z + sizes * jax.random.normal(k_noise, z.shape))
-
   def draw(tables, key):
-    k_layout, k_paint, k_shift, k_noise, k_tint = jax.random.split(key, 5)
+    k_layout, k_picture = jax.random.split(key)
     layout = draw_layout(tables, k_layout, cfg.batch, cfg.subjects, cfg.others)
-    images = shift(jax.lax.optimization_barrier(layout.render(tables.sheets)), k_shift)
-    half = cfg.batch // 2
-    images = images.at[:half].set(paint(tables.vae, images[:half], k_paint))
-    images = images.at[half:].add(NOISE * jax.random.normal(k_noise, images[half:].shape))
-    tint = jax.random.uniform(k_tint, (cfg.batch, 1, 1, 3), minval=-0.04, maxval=0.04)
-    return {"images": jnp.clip(images + tint, 0, 1), "style": layout.style,
-            "subject": layout.labels(cfg.subjects, count),
-            "drawn": layout.drawing < count}
+    images = painter.disturb(tables.vae, layout.render(tables.sheets), cfg.latent_noise, k_picture)
+    return {"images": images, "style": layout.style, "drawn": layout.drawing < count,
+            "subject": layout.labels(cfg.subjects, count)}
 
   def loss(params, batch):
     seen = crops.cut(batch["images"])
@@ -202,10 +176,8 @@ def make(cfg: Config) -> Task:
     return total, {"train/loss": total, "train/subject": named, "train/style": styled,
                    "train/accuracy": hit}
 
-  @jax.jit
-  def painted(vae_params, images, key):
-    z = fixed.encode(images)
-    return decode_images(vae, vae_params, z + PAINTED * jax.random.normal(key, z.shape))
+  painted = jax.jit(lambda images, key: painter.paint(
+      painter.params, images, jnp.full(len(images), painting.TRIAL), key))
 
   def figures(params, images: int) -> dict[str, float]:
     """Shares of wrong answers of the reward `scene`, over at least `images` of each kind.
@@ -227,7 +199,7 @@ def make(cfg: Config) -> Task:
       ask = lambda said: checks.asked([scenes.caption(scene) for scene in said], names)
       pictures = right.render(tables.sheets)
       wrong["refused"].append(1 - score(pictures, ask(said)))
-      wrong["refused_painted"].append(1 - score(painted(vae_params, pictures, key), ask(said)))
+      wrong["refused_painted"].append(1 - score(painted(pictures, key), ask(said)))
       wrong["accepted"].append(score(pictures, ask([altered(s, names, generator) for s in said])))
       if count > cfg.subjects:
         strange = right.with_one_replaced(generator, cfg.subjects, count)
