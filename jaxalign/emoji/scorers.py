@@ -29,16 +29,15 @@ from jaxalign.rewards import Reward
 from jaxalign.storage.files import whole_folder
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
-IMAGE_SIZE = 32  # what both scorers see
 
 
-def _pixels(images):
-  """`[B, H, W, 3]` in [0, 1], any size -> `[B, 32, 32, 3]` f32 in [-1, 1]; differentiable."""
+def _pixels(images, size: int):
+  """`[B, H, W, 3]` in [0, 1] -> `[B, size, size, 3]` f32 in [-1, 1]; differentiable."""
   if images.ndim != 4 or images.shape[-1] != 3:
     raise ValueError(f"images: shape {images.shape} is not [B, H, W, 3]")
   images = images.astype(jnp.float32)
-  if images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
-    images = jax.image.resize(images, (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3), "linear")
+  if images.shape[1:3] != (size, size):
+    images = jax.image.resize(images, (images.shape[0], size, size, 3), "linear")
   return images * 2 - 1
 
 
@@ -52,7 +51,8 @@ class EmojiClip(nn.Module):
 
   def embed_images(self, images):
     """`[B, H, W, 3]` in [0, 1] -> `[B, D]` of length one."""
-    return unit(self.vision(_pixels(images)).projected)
+    return unit(self.vision(
+        _pixels(images, self.config["vision_config"]["image_size"])).projected)
 
   def embed_text(self, input_ids):
     """`[B, L]` token ids -> `[B, D]` of length one."""
@@ -63,7 +63,7 @@ class EmojiClip(nn.Module):
 
 
 class JudgeImages(nn.Module):
-  """Residual convolutions, `[B, 32, 32, 3]` in [-1, 1] -> features `[B, D]`."""
+  """Residual convolutions, `[B, S, S, 3]` in [-1, 1] -> features `[B, D]`."""
   widths: tuple[int, ...]
   dim: int
 
@@ -103,7 +103,11 @@ class JudgeText(nn.Module):
 
 
 class EmojiJudge(nn.Module):
-  """Convolutional judge; `config`: `dim`, `widths`, `text_width`, `vocab_size`, `eos_token_id`."""
+  """Convolutional judge.
+
+  `config`: `dim`, `widths`, `text_width`, `vocab_size`, `eos_token_id`; `image_size`, 32 where
+  it is absent, and the number of `styles`, likewise 2.
+  """
   config: Any
 
   def setup(self):
@@ -111,14 +115,14 @@ class EmojiJudge(nn.Module):
     self.images = JudgeImages(tuple(cfg["widths"]), cfg["dim"])
     self.text = JudgeText(cfg["vocab_size"], cfg["eos_token_id"], cfg["text_width"], cfg["dim"])
     self.match_head = Dense(cfg["dim"])
-    self.style_head = Dense(2)
+    self.style_head = Dense(cfg.get("styles", 2))
 
   def features(self, images):
     """`[B, H, W, 3]` in [0, 1] -> `[B, D]` of length one: what both heads read."""
-    return unit(self.images(_pixels(images)))
+    return unit(self.images(_pixels(images, self.config.get("image_size", 32))))
 
   def style(self, images):
-    """Logits `[B, 2]` that the drawing is in Noto's or in Twemoji's style."""
+    """Logits `[B, styles]` that the drawing is by this artist: Noto's, Twemoji's, Fluent 3D's."""
     return self.style_head(self.features(images))
 
   def embed_images(self, images):
@@ -135,7 +139,8 @@ class EmojiJudge(nn.Module):
             self.style_head(features))
 
 
-SCORERS = {"emoji_clip": EmojiClip, "emoji_judge": EmojiJudge}
+SCORERS = {"emoji_clip": EmojiClip, "emoji_judge": EmojiJudge,
+           "scene_clip": EmojiClip, "scene_judge": EmojiJudge}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +148,24 @@ class Judge(Reward):
   """A reward that also tells styles apart.
 
   Attributes:
-    style: `(params, images [B,H,W,3] in [0,1]) -> [B, 2]` logits for Noto and Twemoji. Pure.
+    style: `(params, images [B,H,W,3] in [0,1]) -> [B, styles]` logits of the artists. Pure.
   """
   style: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
-def save_scorer(folder, config: dict, params, tokenizer: Tokenizer) -> None:
+def save_scorer(folder, config: dict, params, tokenizer: Tokenizer | None = None) -> None:
   """Writes an asset: `config.json`, `model.safetensors` (f16, paths joined by dots), tokenizer."""
   with whole_folder(folder, last="config.json") as new:
-    tokenizer.save(new)
-    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer:
+      tokenizer.save(new)
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "
+")
     save_file({name: np.ascontiguousarray(leaf, dtype=np.float16)
                for name, leaf in flatten_dict(params, sep=".").items()}, new / "model.safetensors")
 
 
-def load_scorer(folder) -> Reward:
-  """The scorer in `folder`, as `save_scorer` writes it. Its score is a cosine in [-1, 1].
+def read_network(folder, names) -> tuple[dict, Any]:
+  """Config and weights that `save_scorer` wrote; the config's `name` is one of `names`.
 
   Raises:
     UserError: a file is missing or unknown.
@@ -169,11 +176,22 @@ def load_scorer(folder) -> Reward:
     flat = load_file(folder / "model.safetensors")
   except (OSError, ValueError) as error:
     raise UserError(f"{folder}: not a scorer: {error}") from error
-  name = config.get("name")
-  if name not in SCORERS:
-    raise UserError(f"{folder / 'config.json'}: name: {name!r} is not one of {', '.join(SCORERS)}")
+  if config.get("name") not in names:
+    raise UserError(f"{folder / 'config.json'}: name: {config.get('name')!r} is not one of "
+                    f"{', '.join(names)}")
+  return config, unflatten_dict({path: leaf.astype(np.float32) for path, leaf in flat.items()},
+                                sep=".")
+
+
+def load_scorer(folder) -> Reward:
+  """The scorer in `folder`, as `save_scorer` writes it. Its score is a cosine in [-1, 1].
+
+  Raises:
+    UserError: a file is missing or unknown.
+  """
+  config, params = read_network(folder, SCORERS)
+  name = config["name"]
   module, tokenizer = SCORERS[name](config["model"]), Tokenizer.load(folder)
-  params = unflatten_dict({path: leaf.astype(np.float32) for path, leaf in flat.items()}, sep=".")
 
   def apply(method):
     return lambda params, x: module.apply({"params": params}, x, method=method)
@@ -187,7 +205,7 @@ def load_scorer(folder) -> Reward:
 
   fields = dict(name=name, params=params, prepare=lambda prompts: {"input_ids": tokenizer(prompts)},
                 score=score, range="-1 to 1, cosine of image and caption")
-  if name == "emoji_judge":
+  if SCORERS[name] is EmojiJudge:
     return Judge(**fields, features=apply("features"), style=apply("style"))
   return Reward(**fields)
 

@@ -1,7 +1,8 @@
 """Training of the embedded emoji world from drawings: autoencoder, denoiser, scorers.
 
 Each is a `Task`, in a file of its own; `loop.run` trains any of them. Order: `emoji_vae`, then
-`emoji` (UNet and text encoder, on the autoencoder's latents), `emoji_clip` and `emoji_judge`.
+`emoji` (UNet and text encoder, on the autoencoder's latents), `emoji_clip`, `emoji_judge`, and
+for scenes `scene_clip`, `scene_judge` and `scene_check`.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ TASKS = {
     "emoji": "jaxalign.pretrain.denoiser",
     "emoji_clip": "jaxalign.pretrain.scorers:emoji_clip",
     "emoji_judge": "jaxalign.pretrain.scorers:emoji_judge",
+    "scene_check": "jaxalign.pretrain.crops",
+    "scene_clip": "jaxalign.pretrain.scene_scorers:scene_clip",
+    "scene_judge": "jaxalign.pretrain.scene_scorers:scene_judge",
 }
 
 

@@ -14,6 +14,7 @@ from jaxalign.config import registry
 from jaxalign.devices import sharding
 from jaxalign.testing import analytic
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZE = 8                      # dimensions
 MIXTURE = analytic.Mixture(np.array([0.3, 0.7]), np.stack([np.linspace(-1, 1, SIZE)] * 2) * [[1],
                                                                                             [-1]],
@@ -49,12 +50,17 @@ def assert_close(tree, other, tolerance):
                                  err_msg=sharding.path_of(path))
 
 
-@on_both_paths
+@functools.cache
+def program(name: str, path: str):
+  """A world and its compiled update."""
+  models, method, step, state, batch = world(name, path)
+  return models, method, step, state, batch, jax.jit(step)
+
+
 @every_method
-def test_compiled_equals_uncompiled(name, path):
+def test_compiled_equals_uncompiled(name):
   """From the second update on: at the first, what policy and reference differ by is rounding."""
-  models, _, step, state, batch = world(name, path)
-  run = jax.jit(step)
+  models, _, step, state, batch, run = program(name, "vp")
   state, _ = run(state, models.frozen, batch, KEYS[2])
   compiled = run(state, models.frozen, batch, KEYS[1])
   plain = step(state, models.frozen, batch, KEYS[1])
@@ -66,10 +72,10 @@ def test_compiled_equals_uncompiled(name, path):
 @every_method
 def test_rate_zero_changes_nothing(name, path):
   """And another rate changes something, of which the noise of images shows an update late."""
-  for rate, still in ((0.0, True), (DESCENT.lr, False)):
-    models, method, step, state, batch = world(
-        name, path, optim=dataclasses.replace(DESCENT, lr=rate))
-    step, after = jax.jit(step), state
+  still_world = world(name, path, optim=dataclasses.replace(DESCENT, lr=0.0))
+  for still, (models, method, _, state, batch, step) in (
+      (True, (*still_world, jax.jit(still_world[2]))), (False, program(name, path))):
+    after = state
     for key in KEYS[:3]:
       after, _ = step(after, models.frozen, batch, key)
     same = jax.tree.map(np.array_equal, method.product(state), method.product(after))

@@ -15,6 +15,8 @@ from jaxalign.sampling import Guided, Schedule, make_sampler
 from jaxalign.testing import analytic
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 Z, E = (jnp.asarray(a.reshape(-1, 1), jnp.float32) for a in np.meshgrid(NODES, NODES))

@@ -17,6 +17,8 @@ from jaxalign.methods import best_of_n, dno
 from jaxalign.methods.dno import Config, clip_rows, probe, reward_direction
 from jaxalign.testing import analytic
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(3)
 
 

@@ -17,6 +17,8 @@ from jaxalign.methods.nabla_gfn import PRESETS, Config
 from jaxalign.sampling import Conditioning
 from jaxalign.testing import analytic
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 STEPS, ROWS, DIM, BETA = 10, 8, 2, 1.5
 KEY = jax.random.key(5)
 GAUSSIAN = analytic.Mixture(np.ones(1), np.asarray([[0.7, -0.3]]), np.asarray([0.5]))

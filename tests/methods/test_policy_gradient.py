@@ -22,6 +22,8 @@ from jaxalign.methods.shared import policy_gradient as pg
 from jaxalign.sampling import Conditioning, Sampler, make_sampler
 from jaxalign.testing import analytic
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(3)
 # Plain gradient descent of rate 1: parameters move by minus the gradient.
 DESCENT = OptimConfig(lr=1e6, eps=1e6, b1=0.0, clip_norm=0.0)

@@ -30,6 +30,8 @@ from jaxalign.sampling import Schedule
 from jaxalign.sampling.schedule import PREDICTIONS
 from jaxalign.testing import analytic
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(5)
 CODE = MaPOConfig()
 ONE = jnp.ones(1)

@@ -38,6 +38,8 @@ from jaxalign.sampling import (
 from jaxalign.testing import analytic
 from jaxalign.train.experiment import build
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MEAN, VAR, W, STEPS, ROWS = 0.7, 0.5, 1.5, 10, 64
 KEY = jax.random.key(3)
 DATA = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))

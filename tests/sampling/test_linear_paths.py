@@ -21,6 +21,8 @@ from jaxalign.sampling import (
 )
 from jaxalign.testing import analytic
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MEAN, VAR = 0.7, 0.5
 FLOW = Schedule.flow()
 SD3 = Schedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})

@@ -126,7 +126,8 @@ def test_black_boxes(gradient):
 
 @pytest.mark.parametrize("options, message", [
     (dict(train__keep_best=True), "train.keep_best=True chooses among policies"),
-    (dict(reward__names=("jpeg_compressibility",)), "'dno' needs reward gradients.*or configs/best_of_n.py"),
+    (dict(reward__names=("jpeg_compressibility",)),
+     "'dno' needs reward gradients.*or configs/best_of_n.py"),
     (dict(optim__accumulate=2), "optim.ema and optim.accumulate"),
     (dict(model__path=""), "model.path is empty")])
 def test_what_is_refused(options, message):
