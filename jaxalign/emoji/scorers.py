@@ -158,8 +158,7 @@ def save_scorer(folder, config: dict, params, tokenizer: Tokenizer | None = None
   with whole_folder(folder, last="config.json") as new:
     if tokenizer:
       tokenizer.save(new)
-    (new / "config.json").write_text(json.dumps(config, indent=2) + "
-")
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({name: np.ascontiguousarray(leaf, dtype=np.float16)
                for name, leaf in flatten_dict(params, sep=".").items()}, new / "model.safetensors")
 
