@@ -227,5 +227,6 @@ def _scale(file: pathlib.Path, config: dict, module: str, rank: int, stored) -> 
     alpha = lora_names.pattern_value(f"{file}: alpha_pattern", config.get("alpha_pattern") or {},
                                      module, config.get("lora_alpha", rank))
   if type(alpha) not in (int, float) or not abs(alpha) <= 1e6:
-    raise UserError(f"{file}: alpha of {module} is {lora_names.json_like(alpha)}, no finite number of sensible size")
+    raise UserError(f"{file}: alpha of {module} is {lora_names.json_like(alpha)}, "
+                    "no number below 1e6")
   return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

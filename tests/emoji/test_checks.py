@@ -40,7 +40,7 @@ def test_certain_answers_are_those_of_the_reader_by_rule():
   generator = np.random.default_rng(0)
   chosen = [layouts[i] for i in generator.integers(len(layouts), size=300)] + [
       (0, EMPTY, 0, 0), (0, 1, EMPTY, EMPTY), (EMPTY, EMPTY, 1, 0), (EMPTY, 0, EMPTY, 1),
-      (EMPTY, EMPTY, 0, EMPTY), (1, 1, 1, 1), (EMPTY, 0, 0, EMPTY)]
+      (1, EMPTY, 0, EMPTY), (EMPTY, EMPTY, 0, EMPTY), (1, 1, 1, 1), (EMPTY, 0, 0, EMPTY)]
   seen = [reading(large, places, colour, style) for places in chosen for large in (False, True)
           if not large or places[0] < K for colour, style in ((0, 0), (RED, 2))]
   rules, sights = zip(*seen)
