@@ -27,6 +27,8 @@ def world(name: str, path: str, replace=lambda models: models, **options):
   chain = dict(analytic.PATHS[path])
   if cfg.sample.kind == "one_step":                  # one step has no noise of a chain
     chain = {"schedule": chain["schedule"]}
+  elif getattr(cfg.method, "require_memoryless", False):
+    chain |= dict(kind="ddim", eta=1.0, final="noisy")
   transitions = {**cfg.sample.transitions, "spacing": "", "final": "", **chain}
   models = analytic.make_models(
       MIXTURE, analytic.quadratic_reward(np.ones(SIZE)), **transitions)
