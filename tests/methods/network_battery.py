@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from battery import FAMILIES, KEYS, config_of, every_method, pairs_of, update_of
+from battery import FAMILIES, KEYS, config_of, pairs_of, update_of
 
 import runs
 from jaxalign import methods
@@ -22,8 +22,15 @@ from jaxalign.config import registry
 from jaxalign.devices import rng, sharding
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
+from jaxalign.train.opening import open_pipeline
 
 DOCS = "".join(file.read_text() for file in (runs.ROOT / "docs").rglob("*.md"))
+
+
+@functools.cache
+def opened(path: str, dtype: str):
+  """The fixture that all methods of a family share."""
+  return open_pipeline(path, dtype=dtype)
 
 
 @functools.cache
@@ -34,7 +41,7 @@ def experiment(name: str, family: str, count: int, dtype: str = "float32"):
       cfg, sample=dataclasses.replace(cfg.sample, batch=8 * cfg.group * cfg.parts),
       mesh=dataclasses.replace(cfg.mesh, data=count),
       model=dataclasses.replace(cfg.model, dtype=dtype))
-  exp = build(cfg, jax.devices()[:count])
+  exp = build(cfg, jax.devices()[:count], opened(cfg.model.path, dtype))
   # About what the reward spreads by on these models.
   models = dataclasses.replace(exp.models, reward_std=0.006)
   method = methods.make(name, models, cfg.method, cfg.optim)
@@ -62,9 +69,7 @@ def program(name: str, family: str, count: int, dtype: str = "float32"):
     return *step(state, frozen, batch, key), reference
   rows, everywhere = sharding.batch_sharding(exp.mesh), sharding.replicated(exp.mesh)
   at_inference = registry.need(exp.config.method, "at_inference")
-  place = jax.tree.map(
-      lambda a: rows if at_inference and a.ndim else everywhere,
-      jax.eval_shape(lambda *args: step(*args)[0], state, exp.frozen, batch, KEYS[1]))
+  place = jax.tree.map(lambda a: rows if at_inference and a.ndim else everywhere, state)
   if "replay" in state:
     place["replay"] = jax.tree.map(lambda a: rows, state["replay"])
   return jax.jit(update, out_shardings=(place, None, None)), traces, jax.device_put(state, place)
@@ -87,10 +92,9 @@ def trained(name: str, family: str, count: int):
 
 
 class Battery:
-  """To be derived from with the `family`, a key of `FAMILIES`."""
+  """To be derived from with a `family`, a key of `FAMILIES`, and a fixture `name`: the methods."""
   family: str
 
-  @every_method
   def test_an_update(self, name):
     """Structure and dtypes stay, nothing is compiled twice, the reference stays, all is finite."""
     states, products, logged, references, traces = trained(name, self.family, 1)
@@ -108,7 +112,6 @@ class Battery:
                              if registry.need(exp.config.method, "at_inference") else ())
       assert re.sub(r"_vector$", "", key) + "`" in DOCS, key
 
-  @every_method
   def test_a_resumed_run_equals_an_unbroken_one(self, name, tmp_path):
     states, _, logged, _, _ = trained(name, self.family, 1)
     exp, _, _, _, batch = experiment(name, self.family, 1)
@@ -124,7 +127,6 @@ class Battery:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
   @pytest.mark.slow                      # the second program of each method takes minutes in all
-  @every_method
   def test_one_device_equals_eight(self, name):
     _, ours, logged, _, _ = trained(name, self.family, 1)
     _, theirs, logged_by_eight, _, _ = trained(name, self.family, 8)
@@ -138,7 +140,6 @@ class Battery:
       np.testing.assert_allclose(logged_by_eight[1][key], value, rtol=1e-3, atol=1e-5, err_msg=key)
 
   @pytest.mark.slow
-  @every_method
   def test_bfloat16_is_finite(self, name):
     exp, _, method, _, batch = experiment(name, self.family, 1, "bfloat16")
     step, _, state = program(name, self.family, 1, "bfloat16")

@@ -13,6 +13,8 @@ from jaxalign.models.pipeline import Pipeline, families
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.testing import fixture
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def close(got, want, tolerance=1e-5):
   np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())

@@ -15,6 +15,8 @@ from jaxalign.models.architectures import ARCHITECTURES
 from jaxalign.models.mmdit import SD3Transformer2DModel
 from jaxalign.models.pipeline import random_params
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = dict(sample_size=6, patch_size=2, in_channels=4, out_channels=4, num_layers=3,
              attention_head_dim=8, num_attention_heads=3, joint_attention_dim=20,
              caption_projection_dim=24, pooled_projection_dim=14, pos_embed_max_size=5)

@@ -13,6 +13,8 @@ from jaxalign.errors import UserError
 from jaxalign.models.pipeline import random_params
 from jaxalign.models.unet import UNet2DConditionModel
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 # Stable Diffusion 1.x in small: blocks with and without attention, several widths.
 SD1 = dict(sample_size=8, block_out_channels=[32, 64], layers_per_block=1, cross_attention_dim=24,
            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],

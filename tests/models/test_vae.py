@@ -13,6 +13,8 @@ from jaxalign.errors import UserError
 from jaxalign.models.pipeline import random_params
 from jaxalign.models.vae import AutoencoderKL, decode_images, encode_images
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = dict(block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8,
              down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
              scaling_factor=0.7, shift_factor=0.1)
