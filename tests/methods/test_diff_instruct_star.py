@@ -626,6 +626,7 @@ def test_mistakes_name_their_key():
 # --- through the loop ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_a_generator_that_samples_in_one_step(tmp_path):
   from jaxalign import sample
   from jaxalign.convert import load_pipeline
