@@ -30,8 +30,6 @@ from jaxalign.devices import rng
 from jaxalign.methods import nabla_gfn
 from jaxalign.testing import analytic
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 MEAN, VAR, BETA, STEPS, GOAL, CENTRE = 0.7, 0.5, 3.0, 50, 2.0, 2.0
 DATA = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))
 LINEAR, QUADRATIC = analytic.linear_reward([1.0]), analytic.quadratic_reward([GOAL])

@@ -16,8 +16,6 @@ from jaxalign.sampling import (
 )
 from jaxalign.testing import analytic
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 STEPS, ROWS = 8, 4
 MIXTURE = analytic.Mixture(
   np.asarray([0.6, 0.4]), np.asarray([[-1.0, 0.0], [1.0, 0.5]]), np.asarray([0.2, 0.3])
