@@ -16,6 +16,7 @@ from jaxalign.testing import analytic
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZE = 8                      # dimensions
+UNCOMPILED = {"nabla_gfn", "mapo", "nft", "ddpo", "draft"}   # run so by default, one of each kind
 MIXTURE = analytic.Mixture(np.array([0.3, 0.7]), np.stack([np.linspace(-1, 1, SIZE)] * 2) * [[1],
                                                                                             [-1]],
                            np.array([0.5, 1.0]))
@@ -59,7 +60,8 @@ def program(name: str, path: str):
   return models, method, step, state, batch, jax.jit(step)
 
 
-@every_method
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in UNCOMPILED)) for name in METHODS])
 def test_compiled_equals_uncompiled(name):
   """From the second update on: at the first, what policy and reference differ by is rounding."""
   models, _, step, state, batch, run = program(name, "vp")

@@ -1,13 +1,13 @@
 """The battery of `network_battery`, on unets; a file of its own runs beside the other's.
 
-Of each kind of method one row; the others are slow: a program of a unet takes twice as long to
-compile as one of a transformer, where all methods run.
+One method; the others are slow: a program of a unet takes twice as long to compile as one of a
+transformer, where all methods run.
 """
 import pytest
 from battery import METHODS
 from network_battery import Battery
 
-ALWAYS = {"nabla_gfn", "mapo", "dno"}
+ALWAYS = {"nabla_gfn"}
 
 
 class TestUnets(Battery):

@@ -485,6 +485,7 @@ def test_ratio_sets_the_reward_by_the_norms_of_the_gradients_in_x_0():
                                                                  rel=1e-5)
 
 
+@pytest.mark.slow
 def test_presets_and_guidance_outside_through_the_method():
   """One update of each, from the same draws; the teacher's mean moves by 0.5 with the condition."""
   models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))

@@ -63,6 +63,7 @@ def vae_run(folder):
 # --- the loop -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_autoencoder_recipe_writes_one_that_loads(vae_run, folder):
   assert vae_run["steps"] == 3 and 5 < vae_run["figures"]["eval/scenes_db"] < 40
   vae, params, config = autoencoder.read(folder / "vae_run" / "export")
@@ -81,6 +82,7 @@ def test_autoencoder_recipe_writes_one_that_loads(vae_run, folder):
   assert [line["step"] for line in lines] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(vae_run, folder, tmp_path, monkeypatch):
   config = recipe("pretrain_emoji_vae", "smoke", folder)
   save, count = Checkpointer.save, []

@@ -44,6 +44,7 @@ def checkpoint(path, **options):
   return exp, jax.device_get(state)
 
 
+@pytest.mark.slow
 def test_dno_run_and_its_rival():
   path = run("dno", sample__batch=8)
   lines = runs.metrics(path)
