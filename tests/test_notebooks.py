@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom: two by default, all of them among the slow tests."""
+"""The notebooks run from top to bottom: one by default, all of them among the slow tests."""
 import json
 import pathlib
 
@@ -9,7 +9,7 @@ from jaxalign.devices import sharding
 
 NOTEBOOKS = pathlib.Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-QUICK = ("01_first_alignment", "04_noise_optimisation_and_reward_hacking")
+QUICK = ("01_first_alignment",)
 
 
 def cells(name: str, kind: str) -> list[str]:

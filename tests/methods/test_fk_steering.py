@@ -69,8 +69,9 @@ def test_bias_of_the_weighted_mean(reward, points, k, bias):
   assert abs(means.mean() - TARGET[reward][0] - bias) < 4 * error + 0.003 and error < 0.012
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward, potential", [
-    slow("L", "diff"), ("Q", "max"), slow("L", "max"), slow("Q", "diff"), slow("L", "plain")])
+    ("L", "diff"), ("Q", "max"), ("L", "max"), ("Q", "diff"), ("L", "plain")])
 def test_the_normaliser_is_unbiased(reward, potential):
   """E[Z^] = Z exactly, whatever the potential, resampling by effective size included."""
   more = dict(potential=potential, ess=0.5 if potential == "diff" else 2.0)
