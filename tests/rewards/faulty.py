@@ -4,6 +4,7 @@ For `test_pytorch_faults.py`, as a process of its own or as one of several. The 
 batch is the one that a scorer can tell, in the first step, so that one device of one process is
 hit.
 """
+import signal
 import sys
 
 import jax
@@ -18,6 +19,8 @@ PROMPTS = ["a", "bb", "ccc", "dddd"]
 
 
 def main():
+  # A process whose parent was started in the background may ignore it.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   callbacks.be_patient()
   processes.start()
   mesh = sharding.make_mesh(-1, 1, 1)
