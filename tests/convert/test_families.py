@@ -166,6 +166,7 @@ def test_turbo_in_one_step_equals_pytorch(loaded):
   close(ours, images)
 
 
+@pytest.mark.slow
 def test_one_step_xl(folders, loaded):
   """The generator is told 399 and given unit variance; its weights lie over the directory's."""
   torch = pytest.importorskip("torch")

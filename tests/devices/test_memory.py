@@ -16,6 +16,7 @@ def test_what_does_not_fit_names_the_key():
 
 
 @pytest.mark.parametrize("key", ["sample.batch", "eval.batch"])
+@pytest.mark.slow
 def test_a_run_is_refused_before_it_begins(key):
   cfg = runs.smoke("ddpo", **{key.replace(".", "__"): 2 ** 30})
   with pytest.raises(UserError, match=rf"{key}=1073741824: .* all memory here"):

@@ -537,6 +537,7 @@ def test_sampled_and_differentiated_generator_agree():
       experience["final"], sampler.mean(0, experience["z"], prediction), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scale_of_a_generators_input(tmp_path):
   """A checkpoint says how long its input is; every draw of it is, and exports say so too."""
   import json

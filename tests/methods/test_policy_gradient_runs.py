@@ -47,6 +47,7 @@ def test_ddpo_resumes_with_its_statistics():
   assert train(halves) == train(whole)
 
 
+@pytest.mark.slow
 def test_b2_smoke_run_with_a_black_box():
   path = runs.run("b2", **B2)
   lines = runs.metrics(path)

@@ -23,8 +23,8 @@ from jaxalign.train.pairs import PairTable
 NAMES = ("mapo", "diffusion_dpo", "sft")
 
 
-@pytest.mark.parametrize("name", [
-    "mapo", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_smoke_recipe(name):
   path = runs.run(name, method=name)
   lines = runs.metrics(path)

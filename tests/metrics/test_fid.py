@@ -88,6 +88,7 @@ def run(*args):
   return run_command(fid.main, fid._FLAGS, ("weights", "images", "reference"), ["fid", *args])
 
 
+@pytest.mark.slow
 def test_command(weights, tmp_path, capsys, monkeypatch):
   """On 48 of the features: roots of 2,048 take half a minute."""
   every = fid.features

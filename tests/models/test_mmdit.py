@@ -238,6 +238,7 @@ def test_new_networks_start_at_the_identity():
   np.testing.assert_array_equal(apply({**variables, "params": params}, *inputs()), out)
 
 
+@pytest.mark.slow
 def test_bf16_is_close_finite_and_returns_f32():
   model, _, variables = new("dual")
   half, _, _ = new("dual", dtype="bfloat16")
@@ -249,6 +250,7 @@ def test_bf16_is_close_finite_and_returns_f32():
   assert all(np.isfinite(g).all() and g.dtype == jnp.float32 for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_output_nor_tree_nor_gradient():
   model, _, variables = new("dual")
   rematted, _, _ = new("dual", remat="block")

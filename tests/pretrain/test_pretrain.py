@@ -163,6 +163,7 @@ def test_mistakes_name_their_key(folder, tmp_path):
     pretrain.load("emoji_gan")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
   config = recipe("pretrain_emoji_vae", "smoke", folder)
   config.optim.lr, config.optim.clip_norm = 1e30, 0.0
@@ -233,6 +234,7 @@ def test_captions_in_two_parts_are_those_of_the_tokenizer():
   np.testing.assert_array_equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_denoiser_learns_only_what_is_not_held_out(scene_task):
   batch = jax.jit(scene_task.draw)(scene_task.tables, jax.random.key(0))
   tokens = np.asarray(batch["tokens"])

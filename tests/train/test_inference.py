@@ -81,6 +81,7 @@ def test_dno_run_and_its_rival():
     load_tuned(path)
 
 
+@pytest.mark.slow
 def test_two_steps_and_one_equal_three():
   whole = run("dno 3", **SMALL)
   run("dno 2+1", train__steps=2, **SMALL)

@@ -162,6 +162,7 @@ def test_whole_weights_with_average_accumulation_and_minibatches():
 # Stopping.
 
 
+@pytest.mark.slow
 def test_max_seconds_stops_and_more_time_continues(capsys):
   path = runs.run("time", train__max_seconds=1e-3, train__checkpoint_every=10)
   summary = json.loads((path / "summary.json").read_text())
@@ -322,6 +323,7 @@ def test_what_the_method_refuses_leaves_no_folder():
   assert not (runs.FOLDER / "refused").exists()
 
 
+@pytest.mark.slow
 def test_black_box_rewards_reach_the_update(monkeypatch):
   """The seam for methods without reward gradients: scored on the host, weighted, `[B]` f32."""
   fake_method(monkeypatch, lambda rewards: rewards.sum())
@@ -335,6 +337,7 @@ def test_black_box_rewards_reach_the_update(monkeypatch):
   assert {"reward", "reward/brightness", "reward/jpeg_compressibility"} <= summary["tuned"].keys()
 
 
+@pytest.mark.slow
 def test_frozen_kernels_lie_in_the_dtype_they_compute_in():
   """The same numbers to the bit, from half of the memory; what is trained stays f32."""
   cfg = runs.smoke(model__dtype="bfloat16")

@@ -83,6 +83,7 @@ def test_bytes_per_chip_follow_the_sharding():
   assert plan.held(tree) == 8 * 4 * 4 + 2
 
 
+@pytest.mark.slow
 def test_gpu_of_a_given_size():
   text = plan.plan(runs.smoke(), "gpu:80")
   assert "mesh {'data': 1" in text and "Fits, with 74." in text

@@ -111,6 +111,7 @@ def test_kill_in_a_checkpoint_and_in_a_step():
   assert_same_run(whole, path)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_at_once():
   """Between checkpoints, and before the evaluation that is due then; neither is lost."""
   rare = dict(train__checkpoint_every=100)

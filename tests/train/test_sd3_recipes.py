@@ -25,6 +25,7 @@ def run(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_a_run_changes_the_transformer_alone(run):
   """Three updates; positions and text encoders come out as they went in."""
   summary = json.loads((run / "summary.json").read_text())

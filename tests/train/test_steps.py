@@ -92,6 +92,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on(monkeypatch):
   assert runs.without_seconds(path) == plain
 
 
+@pytest.mark.slow
 def test_the_base_model_is_held_only_where_a_step_reads_it(monkeypatch):
   """With all weights trained; for path KL it comes back."""
   held, draw = {}, PairTable.draw
