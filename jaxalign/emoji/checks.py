@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxalign.emoji import crops, scenes
 from jaxalign.emoji.artwork import STYLES
+from jaxalign.emoji.reader import PARTS
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
 
-PARTS = ("subjects", "number", "place", "colour", "style")
 FLOOR = 1e-4               # a log-probability is that of (1 - FLOOR) p + FLOOR: it ends at -9.2
 # Quarters of the first and of the second subject, for each of `scenes.RELATIONS`.
 _RELATED = (((0, 1), (2, 3)), ((1, 0), (3, 2)), ((0, 2), (1, 3)), ((2, 0), (3, 1)))

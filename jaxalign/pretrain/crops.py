@@ -6,7 +6,6 @@ else in the four quarters, so that it learns what is there, not what usually is.
 painted by the autoencoder's decoder from noisy latents, as generated pictures are.
 """
 import dataclasses
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import save_scorer
 from jaxalign.errors import UserError
 from jaxalign.pretrain import Look, Task, painting
+from jaxalign.pretrain.scorers import as_stored, described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,16 +208,10 @@ def make(cfg: Config) -> Task:
     return out | {"error": float(np.mean(list(out.values())))}
 
   def look(params, thorough):
-    # As the asset will be: rounded to the precision that it is stored in.
-    params = jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params)
-    found = figures(params, cfg.images if thorough else 128)
+    found = figures(as_stored(params), cfg.images if thorough else 128)
     return Look({f"eval/{key}": value for key, value in found.items()})
 
   def save(params, folder: pathlib.Path, record) -> None:
-    save_scorer(folder, {"name": "scene_check", "model": model, "training": {
-        "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
-        "steps": record["steps"], "seconds": record["seconds"]},
-        "figures": {key.removeprefix("eval/"): value
-                    for key, value in record["figures"].items()}}, params)
+    save_scorer(folder, described("scene_check", model, cfg, record), params)
 
   return Task(init, tables, draw, loss, look, save)

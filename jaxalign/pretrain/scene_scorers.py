@@ -8,7 +8,6 @@ right of a cat" of "a cat to the left of a dog", or without a style) is no negat
 """
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.pretrain import Look, Task, painting
 from jaxalign.pretrain.denoiser import NO_STYLE, Captions, world
-from jaxalign.pretrain.scorers import Kind
+from jaxalign.pretrain.scorers import Kind, as_stored, described, towers
 
 WRONG = ("subject", "layout", "colour", "style")
 
@@ -73,14 +72,7 @@ class ClipConfig(Config):
 
   def model(self, tokenizer: Tokenizer) -> dict:
     """The asset's own config of its network."""
-    tower = dict(hidden_size=self.width, intermediate_size=3 * self.width, num_attention_heads=4,
-                 projection_dim=self.width)
-    return {
-        "text_config": tower | dict(
-            num_hidden_layers=self.text_layers, vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_id, max_position_embeddings=tokenizer.length),
-        "vision_config": tower | dict(
-            num_hidden_layers=self.layers, image_size=scenes.SIZE, patch_size=self.patch)}
+    return towers(self, tokenizer, scenes.SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +248,7 @@ def make(name: str, cfg: Config) -> Task:
 
   def look(params, thorough):
     """Share of pictures that score their caption above one that is wrong in this part."""
-    # As the asset will be: rounded to the precision that it is stored in.
-    net = jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params["net"])
+    net = as_stored(params["net"])
     count = -(-(cfg.images if thorough else 128) // 64)
     parts = [trial(net, jax.random.fold_in(jax.random.key(1), i)) for i in range(count)]
     differs = np.concatenate([differs for _, differs in parts])
@@ -270,11 +261,7 @@ def make(name: str, cfg: Config) -> Task:
     return Look(figures)
 
   def save(params, folder: pathlib.Path, record) -> None:
-    figures = {key.removeprefix("eval/"): value for key, value in record["figures"].items()}
-    save_scorer(folder, {"name": name, "model": model, "training": {
-        "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
-        "steps": record["steps"], "seconds": record["seconds"]}, "figures": figures},
-        params["net"], tokenizer)
+    save_scorer(folder, described(name, model, cfg, record), params["net"], tokenizer)
 
   return Task(init, tables, draw, loss, look, save)
 

@@ -86,14 +86,19 @@ class ClipConfig(Config):
 
   def model(self, tokenizer: Tokenizer, size: int) -> dict:
     """The asset's own config of its network."""
-    tower = dict(hidden_size=self.width, intermediate_size=3 * self.width, num_attention_heads=4,
-                 projection_dim=self.width)
-    return {
-        "text_config": tower | dict(
-            num_hidden_layers=self.text_layers, vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_id, max_position_embeddings=tokenizer.length),
-        "vision_config": tower | dict(
-            num_hidden_layers=self.layers, image_size=size, patch_size=self.patch)}
+    return towers(self, tokenizer, size)
+
+
+def towers(cfg, tokenizer: Tokenizer, size: int) -> dict:
+  """Config of CLIP's two towers, of which `cfg` has `width`, `text_layers`, `layers`, `patch`."""
+  tower = dict(hidden_size=cfg.width, intermediate_size=3 * cfg.width, num_attention_heads=4,
+               projection_dim=cfg.width)
+  return {
+      "text_config": tower | dict(
+          num_hidden_layers=cfg.text_layers, vocab_size=tokenizer.vocab_size,
+          eos_token_id=tokenizer.eos_id, max_position_embeddings=tokenizer.length),
+      "vision_config": tower | dict(
+          num_hidden_layers=cfg.layers, image_size=size, patch_size=cfg.patch)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +183,19 @@ def contrastive_loss(image, text, scale, batch: Batch):
   return 0.5 * (nll(logits) + nll(logits.T)), hit
 
 
+def as_stored(params):
+  """Parameters as the asset will be: rounded to the precision that it is stored in."""
+  return jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params)
+
+
+def described(name: str, model: dict, cfg, record) -> dict:
+  """The asset's `config.json`: its network, how it was made (`record`), and its figures."""
+  return {"name": name, "model": model, "training": {
+      "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
+      "steps": record["steps"], "seconds": record["seconds"]},
+      "figures": {key.removeprefix("eval/"): value for key, value in record["figures"].items()}}
+
+
 class Kind(NamedTuple):
   """What the registry needs of a scorer."""
   Config: type
@@ -226,17 +244,11 @@ def make(name: str, cfg: Config) -> Task:
   def look(params, thorough):
     if not thorough:
       return Look({})
-    # As the asset will be: rounded to the precision that it is stored in.
-    rounded = jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params["net"])
-    figures = evaluate({name: (module, rounded)}, tables, cfg.images)[name]
+    figures = evaluate({name: (module, as_stored(params["net"]))}, tables, cfg.images)[name]
     return Look({f"eval/{key}": value for key, value in figures.items()})
 
   def save(params, folder: pathlib.Path, record) -> None:
-    figures = {key.removeprefix("eval/"): value for key, value in record["figures"].items()}
-    asset = {"name": name, "model": model, "training": {
-        "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
-        "steps": record["steps"], "seconds": record["seconds"]}, "figures": figures}
-    save_scorer(folder, asset, params["net"], tokenizer)
+    save_scorer(folder, described(name, model, cfg, record), params["net"], tokenizer)
 
   return Task(init, tables, draw, loss, look, save)
 

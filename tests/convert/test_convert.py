@@ -25,16 +25,6 @@ TEXT = "text_encoder/model.safetensors"
 PROMPTS = ["a red apple on a blue background", "zebra"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return make_pipeline_dir(tmp_path_factory.mktemp("fixture") / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-  return load_pipeline(folder)
-
-
 @pytest.fixture
 def copy(folder, tmp_path):
   return shutil.copytree(folder, tmp_path / "copy")

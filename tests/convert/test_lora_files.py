@@ -12,7 +12,7 @@ from flax import traverse_util
 
 import families
 import runs
-from jaxalign.convert import load_adapter, load_adapters, load_pipeline, save_adapter
+from jaxalign.convert import load_adapter, load_adapters, save_adapter
 from jaxalign.convert.lora_names import module_of
 from jaxalign.errors import UserError
 from jaxalign.models import lora
@@ -20,21 +20,10 @@ from jaxalign.models.mmdit import SD3Transformer2DModel
 from jaxalign.models.stable_diffusion import StableDiffusionPipeline
 from jaxalign.models.stable_diffusion_3 import StableDiffusion3Pipeline
 from jaxalign.models.unet import UNet2DConditionModel
-from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train import experiment
 
 TEXT = {"attention": r"self_attn/(q|v|out)_proj$", "mlp": r"mlp/fc1$"}
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return make_pipeline_dir(tmp_path_factory.mktemp("fixture") / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-  return load_pipeline(folder)
 
 
 def moved(tree, seed=1):

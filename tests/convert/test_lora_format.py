@@ -12,29 +12,18 @@ from flax import traverse_util
 
 import runs
 from jaxalign.config import recipes
-from jaxalign.convert import load_adapter, load_pipeline, save_adapter
+from jaxalign.convert import load_adapter, save_adapter
 from jaxalign.convert.adapter import FILE
 from jaxalign.errors import UserError
 from jaxalign.export import main as export_main
 from jaxalign.models import lora
 from jaxalign.models.stable_diffusion import StableDiffusionPipeline
-from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train import experiment, opening
 from jaxalign.train.restore import load_adapter_of, load_tuned
 
 TARGETS = StableDiffusionPipeline.lora_targets
 ATTENTION = {"attention": TARGETS["attention"]}
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return make_pipeline_dir(tmp_path_factory.mktemp("fixture") / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-  return load_pipeline(folder)
 
 
 @pytest.fixture(scope="module")

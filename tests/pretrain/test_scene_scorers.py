@@ -110,6 +110,7 @@ def test_recipes_write_assets_that_load(name, tmp_path):
   config.task.artwork = vae.task.artwork = str(tmp_path / "artwork.npz")
   loop.run(parse(vae), tmp_path / "vae")
   config.task.vae = str(tmp_path / "vae" / "export")
+  config.task.batch = 16                               # divides over the tests' eight devices
   summary = loop.run(parse(config), tmp_path / name)
   folder = tmp_path / name / "export"
   figures = json.loads((folder / "config.json").read_text())["figures"]
