@@ -199,6 +199,28 @@ def load_recipe(name: str) -> ml_collections.ConfigDict:
   return config
 
 
+def changed(config: dict) -> dict[str, tuple] | None:
+  """What a run's config has otherwise than the shipped recipe of its name.
+
+  Args:
+    config: as in config.json; keys that it has not are passed over.
+  Returns:
+    `group.key` (or `seed`) -> (the run's value, the recipe's), in order; None if no recipe of that
+    name is shipped.
+  """
+  try:
+    shipped = parse(load_recipe(f"jaxalign:{config['recipe']}")).to_dict()
+  except UserError:
+    return None                                                # of the user's own
+
+  def flat(tree):
+    for group, values in tree.items():
+      yield from ({group: values} if not isinstance(values, dict) else {
+          f"{group}.{key}": value for key, value in values.items()}).items()
+  then = dict(flat(shipped))
+  return {key: (value, then.get(key)) for key, value in flat(config) if value != then.get(key)}
+
+
 def build_group(cls, group: str, values: dict):
   """`cls(**values)`, a config group from plain values; unknown and missing keys are UserErrors."""
   fields = typing.get_type_hints(cls)

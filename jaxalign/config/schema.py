@@ -179,6 +179,33 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+  """When a look counts as a sign that the run cheats its reward (docs/alarm.md).
+
+  Attributes:
+    errors: standard errors, clustered by prompt, from which on a change counts.
+    diversity: share of the base's diversity below which a run is said to collapse; 0 is off.
+    saturation: growth of the share of saturated values in pictures; 0 is off.
+    roughness: factor on the finest-grain share of the pictures' variance; 0 is off.
+    drift: how far features of pictures may move, in what the base's own noise moves them; 0 is off.
+    path_kl: nats per image, where the method logs `train/path_kl`; 0 is off.
+    rollbacks: how often `train.alarm="rollback"` goes back before the run ends.
+    weaker: factor on the method's strength (on optim.lr, where it has none) at each of these.
+  """
+  errors: NonNegative = 3.0
+  diversity: Fraction = 0.6
+  saturation: Fraction = 0.1
+  roughness: NonNegative = 1.5
+  drift: NonNegative = 0.0
+  path_kl: NonNegative = 0.0
+  rollbacks: Whole = 2
+  weaker: Fraction = 0.5
+
+  def __post_init__(self):
+    check("alarm", self)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
   """Keys of the `optim` group.
 

@@ -23,12 +23,12 @@ from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build
 from jaxalign.train.report import (
   before_and_after,
+  finish,
   judge_progress,
   peak_bytes,
   read_finished,
   save_pictures,
   spread,
-  summary_table,
   watch_metrics,
   write_product,
 )
@@ -75,6 +75,7 @@ def _run(cfg, path, devices, stack) -> dict:
 
   # ------------------------------------------------------------------ base model
   evaluate = Evaluator(exp)
+  workdir.keep_prompts(prompts, prompts)
   images_of = lambda noise, label: evaluate(None, prompts, cfg.eval.samples, noise=noise,
                                             label=label)
   base = workdir.cached("base", lambda: images_of(search.product(), "base model"))
@@ -111,6 +112,7 @@ def _run(cfg, path, devices, stack) -> dict:
   def look(step):
     """The evaluation of this step: what it adds to the log; judges progress."""
     samples = images_of(search.product(), f"watching step {step}")
+    workdir.keep("watch", samples)
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, prompts, cfg)
     seen = watch_metrics(samples, base)
     progress.update(judge_progress(cfg, progress, step, seen))
@@ -152,8 +154,7 @@ def _run(cfg, path, devices, stack) -> dict:
   if getattr(cfg.method, "rival", False):
     summary["best_of_n"] = run_rival(cfg, path, devices, summary["cost"]["equal_candidates"])
     summary["total_seconds"] = round(time.monotonic() - started, 1)
-  workdir.write_json("summary.json", summary)
-  say(summary_table(summary))
+  finish(workdir, cfg, summary)
   if "best_of_n" in summary:
     rival = summary["best_of_n"]
     say(f"best of {rival['candidates']} at the same cost: reward {rival['reward']['mean']:.4f} ± "

@@ -28,13 +28,13 @@ from jaxalign.train.policy import policy_weights
 from jaxalign.train.programs import Programs
 from jaxalign.train.report import (
   before_and_after,
+  finish,
   judge_progress,
   log_step,
   peak_bytes,
   read_finished,
   save_pictures,
   spread,
-  summary_table,
   watch_metrics,
 )
 from jaxalign.train.workdir import Workdir
@@ -83,6 +83,7 @@ def _run(cfg, path, devices, stack) -> dict:
 
   # ------------------------------------------------------------------ base model
   watched = [train_prompts[i] for i in spread(len(train_prompts), cfg.eval.watch_prompts)]
+  workdir.keep_prompts(eval_prompts, watched)
   watch = lambda policy, label: evaluate(policy, watched, cfg.eval.watch_samples, label=label)
   held_out = lambda policy, label, **kw: evaluate(policy, eval_prompts, cfg.eval.samples,
                                                   label=label, **kw)
@@ -149,6 +150,7 @@ def _run(cfg, path, devices, stack) -> dict:
     """The short evaluation of this step: what it adds to the log; judges progress."""
     nonlocal best
     samples = watch(method.product(state), f"watching step {step}")
+    workdir.keep("watch", samples)
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, watched, cfg)
     seen = watch_metrics(samples, base_watch)
     progress.update(judge_progress(cfg, progress, step, seen))
@@ -196,6 +198,5 @@ def _run(cfg, path, devices, stack) -> dict:
   }
   if method.tilt is not None:
     summary["exact_tilt"] = exact_tilt(float(method.tilt(state)), base, base_again)
-  workdir.write_json("summary.json", summary)
-  say(summary_table(summary))
+  finish(workdir, cfg, summary)
   return summary

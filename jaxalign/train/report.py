@@ -2,6 +2,7 @@
 import json
 import pathlib
 import resource
+import shlex
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from jaxalign import metrics, viz
 from jaxalign.config.schema import Config
 from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
+from jaxalign.reports.page import plain_sentence, write_report
+from jaxalign.reports.reading import Run, read_summary
 from jaxalign.rewards import check_scores
 from jaxalign.storage.files import whole_folder
 from jaxalign.train.experiment import Experiment
@@ -109,32 +112,6 @@ def write_product(folder: pathlib.Path, prompts, noise, best_step, base, tuned) 
     (new / "instances.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
-# What every summary has, and of which type.
-_SUMMARY = {"recipe": str, "steps": int, "seconds": (int, float), "total_seconds": (int, float),
-            "device": str, "stopped": str, "base": dict, "tuned": dict, "cost": dict}
-
-
-def read_summary(folder: pathlib.Path) -> dict | None:
-  """The summary of the run in `folder`; None if it has none.
-
-  Raises:
-    UserError: the file is damaged.
-  """
-  file = folder / "summary.json"
-  try:
-    summary = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{file}: not the summary of a run ({error}); delete it, and the run's command "
-                    "makes it anew") from error
-  for key, kind in _SUMMARY.items():
-    if not isinstance(summary, dict) or not isinstance(summary.get(key), kind):
-      raise UserError(f"{file}: not the summary of a run ({key} is missing or of another type); "
-                      "delete it, and the run's command makes it anew")
-  return summary
-
-
 def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
   """The summary of a run that needs nothing more, or None."""
   summary = read_summary(path)
@@ -151,6 +128,32 @@ def peak_bytes(exp: Experiment) -> int:
   stats = [d.memory_stats() or {} for d in exp.mesh.local_devices]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def finish(workdir, cfg: Config, summary: dict) -> None:
+  """Writes `summary.json` and `report.html`, and says what came of the run and what to do next."""
+  workdir.write_json("summary.json", summary)
+  processes.say(summary_table(summary))
+  if processes.is_main():
+    run, = write_report([workdir.path], workdir.path / "report.html")
+    processes.say(closing(workdir.path, cfg, run))
+
+
+def closing(path: pathlib.Path, cfg: Config, run: Run) -> str:
+  """The last lines of a run: what it means, where it is, how to see and to use it."""
+  lines = [plain_sentence(run), f"see it:     {path / 'report.html'}"]
+  if cfg.at_inference:
+    return "\n".join([*lines, f"pictures:   {path / 'product' / 'images'}"])
+  prompt = shlex.quote(run.prompts[0]) if run.prompts else "FILE"
+  kind = json.loads((path / "export" / "model_index.json").read_text())["_class_name"]
+  sample = cfg.sample
+  own = f"num_inference_steps={sample.steps}, guidance_scale={sample.guidance:g}"
+  if sample.kind == "ddim" and kind.startswith("StableDiffusion") and "3" not in kind:
+    own += f", eta={sample.eta:g}"
+  return "\n".join([
+      *lines, f"draw more:  python -m jaxalign.sample --checkpoint={shlex.quote(str(path))} "
+      f"--prompts={prompt} --output=out",
+      f"diffusers:  {kind}.from_pretrained({str(path / 'export')!r})(prompt, {own})"])
 
 
 def summary_table(summary: dict) -> str:

@@ -13,10 +13,10 @@ from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.reports.reading import read_summary
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
 from jaxalign.train.policy import policy_weights
-from jaxalign.train.report import read_summary
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:

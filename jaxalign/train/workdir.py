@@ -189,6 +189,12 @@ class Workdir:
     self.keep(name, samples)
     return samples
 
+  def keep_prompts(self, held_out: list[str], watched: list[str]) -> None:
+    """Writes which prompts the pictures of evaluations and of looks are of, in order."""
+    if processes.is_main():
+      (self.path / "evaluations").mkdir(exist_ok=True)
+    self.write_json("evaluations/prompts.json", {"held_out": held_out, "watched": watched})
+
   def keep(self, name: str, samples: Samples) -> None:
     """Writes Samples to `NAME.npz`, whole or not at all."""
     if not processes.is_main():
