@@ -15,6 +15,7 @@ setuptools.setup(
     package_data={"jaxalign": ["assets/**/*", "emoji/*.md", "emoji/*.npz", "emoji/*.png",
                                "pretrain/*.md", "reports/page/*",
                                "votes/page/*"]},
+    entry_points={"console_scripts": ["jaxalign = jaxalign.__main__:run"]},
     install_requires=[
         "absl-py>=2.1",                # command-line flags
         "flax>=0.10",                  # network modules (Linen)

@@ -1,6 +1,7 @@
 """Command line: `python -m jaxalign.launch --config=configs/RECIPE.py[:ARG] [--config.KEY=VALUE]`.
 
-Parses, validates and runs, nothing else. The same command again continues a run.
+Aligns a model as a recipe says; the same command again continues the run. `--config=jaxalign:NAME`
+takes a shipped recipe from anywhere, `--config=help[:NAME]` explains every key.
 """
 import pathlib
 import sys
@@ -8,8 +9,8 @@ import sys
 from ml_collections import config_flags
 
 from jaxalign import train
-from jaxalign.config import recipes
-from jaxalign.config.command import Flags, run_command
+from jaxalign.config import explain, recipes
+from jaxalign.config.command import Flags, exit_status, run_command
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 
@@ -59,4 +60,7 @@ def _workdir(cfg) -> pathlib.Path:
 
 
 if __name__ == "__main__":
+  asked = explain.wanted(sys.argv)
+  if asked is not None:
+    sys.exit(exit_status(lambda: print(explain.explain(asked))))
   sys.exit(run_command(main, _FLAGS, required=("config",)))

@@ -1,7 +1,8 @@
 """Command line: `python -m jaxalign.sample --checkpoint=DIR --prompts=FILE|"text" --output=DIR`.
 
-`DIR` is a run's folder or any checkpoint directory. Writes one PNG an image as soon as it is drawn,
-`grid.png` (the first prompts) and, when all is there, `samples.jsonl`.
+Draws pictures. `DIR` is a run's folder, any checkpoint directory, or `jaxalign:NAME` for a model
+that is shipped. Writes one PNG an image as soon as it is drawn, `grid.png` (the first prompts) and,
+when all is there, `samples.jsonl`.
 """
 import contextlib
 import functools

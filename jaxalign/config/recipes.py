@@ -15,6 +15,7 @@ import ml_collections
 
 from jaxalign.config import registry, source
 from jaxalign.config.credentials import hidden
+from jaxalign.config.nearest import suggestion
 from jaxalign.config.schema import GROUPS, OLD_FINALS, Config
 from jaxalign.errors import UserError
 
@@ -159,15 +160,21 @@ def recipe_path(name: str) -> str:
   if not name.startswith("jaxalign:"):
     return name
   recipe, _, arg = name.removeprefix("jaxalign:").partition(":")
+  known = shipped_recipes()
+  if recipe not in known:
+    raise UserError(f"--config={name}: no recipe {recipe!r}{suggestion(recipe, known)}; there are "
+                    f"{', '.join(known)}")
+  return f"{known[recipe]}:{arg}" if arg else str(known[recipe])
+
+
+def shipped_recipes() -> dict[str, pathlib.Path]:
+  """Name -> file of the recipes that come with the package, in order of names."""
   spec = importlib.util.find_spec("jaxalign.configs")
   folders = [pathlib.Path(p) for p in (spec.submodule_search_locations if spec else ())]
   folders.append(pathlib.Path(__file__).resolve().parents[2] / "configs")
-  for folder in folders:
-    path = folder / f"{recipe}.py"
-    if path.is_file():
-      return f"{path}:{arg}" if arg else str(path)
-  known = sorted({p.stem for f in folders if f.is_dir() for p in f.glob("[a-z]*.py")})
-  raise UserError(f"--config={name}: no recipe {recipe!r}; there are {', '.join(known)}")
+  found = {file.stem: file for folder in reversed(folders) if folder.is_dir()
+           for file in folder.glob("[a-z]*.py")}
+  return dict(sorted(found.items()))
 
 
 def split_recipe(name: str) -> tuple[pathlib.Path, str]:
@@ -227,7 +234,10 @@ def build_group(cls, group: str, values: dict):
   for key in values:
     if key not in fields:
       known = ", ".join(sorted(fields))
-      raise UserError(f"config key {group}.{key} is unknown; {group} has {known}")
+      keys = [f"{name}.{k}" for name, kind in {**GROUPS, group: cls}.items()
+              for k in typing.get_type_hints(kind)]
+      raise UserError(f"config key {group}.{key} is unknown{suggestion(f'{group}.{key}', keys)}; "
+                      f"{group} has {known}")
   for key in fields:
     if key not in values:
       raise UserError(f"config key {group}.{key} is missing")

@@ -165,6 +165,9 @@ class TrainConfig:
     patience: stop after this many evaluations in a row whose judge score is `tolerance` standard
       errors below the base model's; 0 is never.
     tolerance: see patience.
+    alarm: what to do when a look shows signs that the run cheats its reward, see the group `alarm`:
+      "warn", "stop", "rollback" to the last look without, at a lower strength; "off" is not to look
+      for any.
   """
   steps: Count = 48
   max_seconds: NonNegative = 0.0
@@ -173,6 +176,7 @@ class TrainConfig:
   keep_best: bool = False
   patience: Whole = 2
   tolerance: NonNegative = 2.0
+  alarm: Literal["off", "warn", "stop", "rollback"] = "warn"
 
   def __post_init__(self):
     check("train", self)
@@ -188,7 +192,7 @@ class AlarmConfig:
     saturation: growth of the share of saturated values in pictures; 0 is off.
     roughness: factor on the finest-grain share of the pictures' variance; 0 is off.
     drift: how far features of pictures may move, in what the base's own noise moves them; 0 is off.
-    path_kl: nats per image, where the method logs `train/path_kl`; 0 is off.
+    path_kl: nats per image; 0 is off, else each look makes as many denoiser calls again.
     rollbacks: how often `train.alarm="rollback"` goes back before the run ends.
     weaker: factor on the method's strength (on optim.lr, where it has none) at each of these.
   """
@@ -211,6 +215,7 @@ class OptimConfig:
 
   Attributes:
     lr: AdamW learning rate of the policy, reached after `warmup` optimiser steps.
+    warmup: optimiser steps over which the rate grows linearly to `lr`; 0 begins with it.
     decay_steps: cosine decay of the rate to 0 over this many optimiser steps after the warm-up; 0
       is off and keeps the rate. A method may take several optimiser steps per update.
     b1, b2: moment decays. eps: added to the root of the second moment; one that is large beside the
@@ -237,7 +242,12 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices per mesh axis; `data=-1` takes all that the others leave."""
+  """Devices per mesh axis.
+
+  Attributes:
+    data: over which batches are split; -1 takes all that the others leave.
+    fsdp: over which parameters are split too. tensor: over which heads and channels are.
+  """
   data: Annotated[int, Range(-1, MOST)] = -1
   fsdp: Count = 1
   tensor: Count = 1
@@ -301,6 +311,7 @@ class Config:
   data: DataConfig
   sample: SampleConfig
   train: TrainConfig
+  alarm: AlarmConfig
   optim: OptimConfig
   mesh: MeshConfig
   eval: EvalConfig
@@ -317,6 +328,9 @@ class Config:
     if self.train.keep_best and self.at_inference:
       raise UserError(f"train.keep_best=True chooses among policies, and method.name="
                       f"{self.method_name!r} trains none")
+    if self.train.alarm == "rollback" and self.at_inference:
+      raise UserError("train.alarm='rollback' goes back to an earlier policy, and method.name="
+                      f"{self.method_name!r} trains none: 'stop' ends the run")
     if self.sample.batch % self.group:
       raise UserError(f"sample.batch={self.sample.batch} does not divide into groups of "
                       f"method.group={self.group}")

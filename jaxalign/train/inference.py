@@ -18,7 +18,7 @@ from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, rng
 from jaxalign.methods import best_of_n
 from jaxalign.storage.checkpoint import Checkpointer
-from jaxalign.train import steps
+from jaxalign.train import alarm, steps
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build
 from jaxalign.train.report import (
@@ -116,7 +116,9 @@ def _run(cfg, path, devices, stack) -> dict:
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, prompts, cfg)
     seen = watch_metrics(samples, base)
     progress.update(judge_progress(cfg, progress, step, seen))
-    return seen
+    logged, after = alarm.look(cfg, progress, step, samples, base)
+    progress.update(after)
+    return {**seen, **logged}
 
   def ended(step):
     if not progress["last"] or step < progress["last"]:
@@ -146,7 +148,7 @@ def _run(cfg, path, devices, stack) -> dict:
       "recipe": cfg.recipe, "steps": step, "images": total, "seconds": progress["seconds"],
       "total_seconds": round(time.monotonic() - started, 1),
       "device": f"{exp.mesh.devices.flat[0].platform} x{exp.mesh.size}",
-      "stopped": progress["stopped"], "base": describe(base),
+      "stopped": progress["stopped"], "alarms": progress["alarms"], "base": describe(base),
       "tuned": compare(tuned, base, base_again),
       "cost": {**cost, "equal_candidates": best_of_n.equal_candidates(exp.models, cost, total),
                "update_bytes": search.update_bytes, "peak_bytes": peak_bytes(exp)},

@@ -20,7 +20,7 @@ from jaxalign.data.prompts import draw_prompts, read_prompts
 from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.storage.checkpoint import Checkpointer
-from jaxalign.train import steps
+from jaxalign.train import alarm, steps
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
 from jaxalign.train.experiment import build
 from jaxalign.train.pairs import PairTable
@@ -84,7 +84,8 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ base model
   watched = [train_prompts[i] for i in spread(len(train_prompts), cfg.eval.watch_prompts)]
   workdir.keep_prompts(eval_prompts, watched)
-  watch = lambda policy, label: evaluate(policy, watched, cfg.eval.watch_samples, label=label)
+  watch = lambda policy, label: evaluate(policy, watched, cfg.eval.watch_samples, label=label,
+                                         path_kl=bool(cfg.alarm.path_kl))
   held_out = lambda policy, label, **kw: evaluate(policy, eval_prompts, cfg.eval.samples,
                                                   label=label, **kw)
   base_watch = workdir.cached("base_watch", lambda: watch(untouched, "base model, watched prompts"))
@@ -108,9 +109,13 @@ def _run(cfg, path, devices, stack) -> dict:
   if cut:
     say(cut)
   models = dataclasses.replace(exp.models, reward_std=reward_std)
-  method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
-  programs = Programs(exp, method, pairs.shared if pairs else exp.prompt_table(train_prompts), root,
-                      pairs)
+  table = pairs.shared if pairs else exp.prompt_table(train_prompts)
+
+  def prepare(strength):
+    weaker = alarm.weakened(cfg, strength)
+    method = methods.make(cfg.method_name, models, weaker.method, weaker.optim)
+    return method, Programs(exp, method, table, root, pairs)
+  method, programs = prepare(1.0)
   state = programs.init()
   n_trainable = sum(a.size for a in jax.tree.leaves(method.product(state)))
   say(f"{n_trainable:,} trainable parameters")
@@ -118,6 +123,10 @@ def _run(cfg, path, devices, stack) -> dict:
   # ------------------------------------------------------------------ resume
   checkpoints = Checkpointer(workdir.path / "checkpoints", cfg.train.keep)
   stack.callback(checkpoints.close)
+  sound = None                           # the last look without an alarm, to go back to
+  if cfg.train.alarm == "rollback":
+    sound = Checkpointer(workdir.path / "sound")
+    stack.callback(sound.close)
   best = untouched if cfg.train.keep_best else None      # the policy with the best judge score
   untouched = None                       # as large as the model, where all of it is trained
   content = lambda: {"method": state, **({"best": best} if cfg.train.keep_best else {})}
@@ -125,16 +134,26 @@ def _run(cfg, path, devices, stack) -> dict:
   step, saved = steps.resume(cfg, workdir, checkpoints, content(), progress)
   if step:
     state, best = saved["method"], saved.get("best")
+  if progress["strength"] != 1.0:
+    method, programs = prepare(progress["strength"])
   workdir.open_metrics(step, cfg.log.tensorboard)
 
   # ------------------------------------------------------------------ training
   if not step:
     save_pictures(workdir, "samples/step_000000.png", base_watch, watched, cfg)
-  if step < cfg.train.steps and not progress["stopped"]:
+
+  def compile_programs():
+    if step >= cfg.train.steps or progress["stopped"]:
+      return
     say(programs.compile(state))
     progress["update_bytes"] = programs.update_bytes
     if not programs.read_base:           # where all weights are trained, no look reads it either
       jax.tree.map(lambda a: a.delete(), exp.frozen["base"]["params"])
+
+  def place_base():
+    if not programs.read_base:
+      params = exp.models.frozen["base"]
+      exp.frozen["base"] = exp.put(params, sharding.param_shardings(params, exp.mesh))
 
   def advance(step):
     nonlocal state
@@ -154,17 +173,46 @@ def _run(cfg, path, devices, stack) -> dict:
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, watched, cfg)
     seen = watch_metrics(samples, base_watch)
     progress.update(judge_progress(cfg, progress, step, seen))
+    logged, after = alarm.look(cfg, progress, step, samples, base_watch)
+    quiet = len(after["alarms"]) == len(progress["alarms"])
+    progress.update(after)
     if cfg.train.keep_best and progress["best_step"] == step:
       best = jax.tree.map(jnp.copy, method.product(state))   # the state itself is donated
-    return seen
+    if sound is not None and quiet:
+      sound.forget_from(step)
+      sound.save(step, content(), progress)
+    return {**seen, **logged}
 
-  step = steps.take(cfg, workdir, checkpoints, progress, step, advance=advance, look=look,
-                    content=content, report=functools.partial(log_step, workdir, cfg.sample.batch))
+  def go_back():
+    """The state of the last look without an alarm, and weaker programs to go on with."""
+    nonlocal method, programs, state, best, step
+    place_base()
+    step, good = 0, steps.begin(float(base_watch.scores["judge"].mean()))
+    if sound.latest_step():
+      saved, good = sound.restore(content())
+      state, best, step = saved["method"], saved.get("best"), sound.restored
+    else:
+      state = programs.init()
+      best = jax.tree.map(jnp.copy, method.product(state)) if cfg.train.keep_best else None
+    progress.update(alarm.rolled_back(cfg, progress, good))
+    say(f"back at step {step}, with {progress['strength']:g} of the strength")
+    method, programs = prepare(progress["strength"])
+    checkpoints.forget_from(step)
+    if step:
+      checkpoints.save(step, content(), progress)
+    workdir.open_metrics(step, cfg.log.tensorboard)
+
+  while True:
+    compile_programs()
+    step = steps.take(cfg, workdir, checkpoints, progress, step, advance=advance, look=look,
+                      content=content,
+                      report=functools.partial(log_step, workdir, cfg.sample.batch))
+    if not alarm.to_roll_back(cfg, progress):
+      break
+    go_back()
 
   # ------------------------------------------------------------------ final evaluation and export
-  if not programs.read_base:             # path KL does
-    base_params = exp.models.frozen["base"]
-    exp.frozen["base"] = exp.put(base_params, sharding.param_shardings(base_params, exp.mesh))
+  place_base()                           # path KL reads it
   policy, policy_step = method.product(state), step
   if cfg.train.keep_best:
     samples = watch(policy, "watching the last step")
@@ -191,7 +239,8 @@ def _run(cfg, path, devices, stack) -> dict:
       "seconds": progress["seconds"],
       "total_seconds": round(time.monotonic() - started, 1),
       "device": f"{exp.mesh.devices.flat[0].platform} x{exp.mesh.size}",
-      "stopped": progress["stopped"], "trainable_parameters": int(n_trainable),
+      "stopped": progress["stopped"], "alarms": progress["alarms"],
+      "trainable_parameters": int(n_trainable),
       "base": describe(base), "tuned": compare(tuned, base, base_again),
       "cost": {**updates, "update_bytes": progress.get("update_bytes", 0),
                "peak_bytes": peak_bytes(exp)},

@@ -16,6 +16,7 @@ from jaxalign.reports.page import plain_sentence, write_report
 from jaxalign.reports.reading import Run, read_summary
 from jaxalign.rewards import check_scores
 from jaxalign.storage.files import whole_folder
+from jaxalign.train import alarm
 from jaxalign.train.experiment import Experiment
 
 
@@ -119,6 +120,7 @@ def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
     return None
   more_time = summary["stopped"].startswith("train.max_seconds") and (
       not cfg.train.max_seconds or summary["seconds"] < cfg.train.max_seconds)
+  more_time |= cfg.train.alarm in ("off", "warn") and summary["stopped"].startswith(alarm.STOPPED)
   done = summary["steps"] >= cfg.train.steps or (summary["stopped"] and not more_time)
   return summary if done else None
 

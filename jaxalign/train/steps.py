@@ -8,6 +8,7 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import Stopped, UserError
 from jaxalign.storage.checkpoint import Checkpointer
+from jaxalign.train import alarm
 from jaxalign.train.workdir import Workdir
 
 AGREE_EVERY = 10         # steps between questions that several processes must answer alike
@@ -20,7 +21,7 @@ def begin(judge: float) -> dict:
   saved, on SIGTERM, before the evaluation of that step.
   """
   return {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
-          "best_judge": judge}
+          "best_judge": judge, **alarm.begin()}
 
 
 def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, progress: dict):
@@ -43,6 +44,8 @@ def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, pr
   if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
     if progress["stopped"].startswith("train.max_seconds"):
       progress["stopped"] = ""             # it was given more time
+  if cfg.train.alarm in ("off", "warn") and progress["stopped"].startswith(alarm.STOPPED):
+    progress["stopped"] = ""               # it is to go on all the same
   processes.say(f"resumed at step {checkpoints.restored}")
   return checkpoints.restored, saved
 

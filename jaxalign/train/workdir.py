@@ -27,7 +27,8 @@ from jaxalign.storage.files import sweep, whole
 from jaxalign.train.evaluation import Samples
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.
-FREE_KEYS = ("train.steps", "train.max_seconds", "train.keep", "log.tensorboard",
+FREE_KEYS = ("train.steps", "train.max_seconds", "train.keep", "train.alarm",
+             "log.tensorboard",
              "log.grid_prompts")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
 
@@ -125,7 +126,10 @@ class Workdir:
     """
     if not processes.is_main():
       return
-    file = self.path / "metrics.jsonl"
+    for opened in (self._metrics, self._board):
+      if opened is not None:
+        opened.close()
+    self._last, file = (0, {}), self.path / "metrics.jsonl"
     rows, damaged = {}, 0
     for line in file.read_bytes().split(b"\n") if file.exists() else []:
       try:
