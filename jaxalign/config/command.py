@@ -81,7 +81,7 @@ def exit_status(main) -> int:
     return 130
   except Stopped as stopped:
     print(f"{stopped}; the same command continues the run", file=sys.stderr)
-    return 143
+    return stopped.status
   return 0
 
 

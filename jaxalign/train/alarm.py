@@ -29,7 +29,7 @@ def look(cfg: Config, progress: dict, step: int, now, base) -> tuple[dict[str, f
   measured = alarm.measure(now, base)
   if getattr(now, "path_kl", None) is not None:
     measured["path_kl"] = {"value": float(now.path_kl.mean())}
-  logged = {"eval/saturation_change": measured["saturation"]["change"],
+  logged = {"eval/saturation_growth": measured["saturation"]["change"],
             "eval/roughness_ratio": measured["roughness"]["ratio"],
             "eval/drift": measured["drift"]["ratio"]}
   return logged, heed(cfg, progress, step, alarm.signs(measured, cfg.alarm))

@@ -158,19 +158,29 @@ def closing(path: pathlib.Path, cfg: Config, run: Run) -> str:
       f"diffusers:  {kind}.from_pretrained({str(path / 'export')!r})(prompt, {own})"])
 
 
-def summary_table(summary: dict) -> str:
-  """The comparison that a person wants to read at the end."""
+_pm = lambda d: f"{d['mean']:.4f} ± {d.get('sem', float('nan')):.4f}"
+
+
+def results_table(base: dict | None, tuned: dict) -> str:
+  """Scores of two models side by side, or, without a base model, of one."""
+  if base is None:
+    return "\n".join(f"{name:16s}{_pm(value):>20s}" for name, value in tuned.items())
   lines = [f"{'':16s}{'base':>20s}{'tuned':>20s}{'change':>24s}"]
-  pm = lambda d: f"{d['mean']:.4f} ± {d.get('sem', float('nan')):.4f}"
-  for name, tuned in summary["tuned"].items():
+  for name, value in tuned.items():
     if name in ("fd_to_base", "kl_to_base"):
       continue
-    change = tuned["change"]
+    change = value["change"]
     in_std = name == "reward" and "mean_in_std" in change
     stds = f" ({change['mean_in_std']:+.2f} std)" if in_std else ""
-    columns = pm(summary["base"][name]), pm(tuned), pm(change)
+    columns = _pm(base[name]), _pm(value), _pm(change)
     lines.append(f"{name:16s}" + "".join(f"{c:>20s}" for c in columns) + stds)
+  return "\n".join(lines)
+
+
+def summary_table(summary: dict) -> str:
+  """The comparison that a person wants to read at the end."""
   tuned = summary["tuned"]
+  lines = [results_table(summary["base"], tuned)]
   lines.append(f"diversity kept: {100 * tuned['diversity']['ratio_to_base']:.1f} % of base")
   if "exact_tilt" in summary and "diversity" in summary["exact_tilt"]:
     tilt = summary["exact_tilt"]
@@ -182,7 +192,7 @@ def summary_table(summary: dict) -> str:
     lines.append(f"Frechet distance to base {tuned['fd_to_base']['distance']:.4f} "
                  f"(base to itself {tuned['fd_to_base']['floor']:.4f})")
   if "kl_to_base" in tuned:
-    lines.append(f"path KL to base {pm(tuned['kl_to_base'])} nats")
+    lines.append(f"path KL to base {_pm(tuned['kl_to_base'])} nats")
   lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s of training, "
                f"{summary['total_seconds']:.0f} s in all on {summary['device']}")
   return "\n".join(lines)

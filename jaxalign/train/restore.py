@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxalign import methods
 from jaxalign.config import recipes, schema
+from jaxalign.config.nearest import suggestion
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng
@@ -39,7 +40,8 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
     UserError: the directory is none of these, or damaged.
   """
   if not checkpoint.exists():
-    raise UserError(f"--checkpoint={checkpoint}: no such file or directory")
+    near = suggestion(str(checkpoint), map(str, checkpoint.parent.glob("*")))
+    raise UserError(f"--checkpoint={checkpoint}: no such file or directory{near}")
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")

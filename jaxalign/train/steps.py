@@ -1,4 +1,5 @@
 """The steps of a run, whatever one of them is: clock, looks, checkpoints, and how the run ends."""
+import signal
 import time
 from collections.abc import Callable
 
@@ -64,7 +65,7 @@ def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dic
     content: `() -> tree`; what a checkpoint holds.
     ended: `step -> str`; why the run ends after that step, or "".
   Raises:
-    Stopped: SIGTERM; the state is saved.
+    Stopped: SIGTERM or Ctrl-C; the state is saved.
   """
   before, clock, pending = progress["seconds"], time.monotonic(), None
 
@@ -94,7 +95,9 @@ def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dic
         progress["look_due"] = due
         checkpoints.save(step, content(), progress)
         checkpoints.wait()
-        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
+        by_hand = notice.asked == signal.SIGINT
+        raise Stopped(f"stopped by {'Ctrl-C' if by_hand else 'SIGTERM'} and saved at step {step}",
+                      130 if by_hand else 143)
       if due:
         settle(lambda: look(step))
         clock, before = time.monotonic(), seconds          # evaluation is not training time
