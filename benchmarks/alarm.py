@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve()
-LOOK_OFTEN = {"eval__every": 4, "train__patience": 0, "log__tensorboard": False}
+LOOK_OFTEN = {"eval__every": 4, "train__patience": 0, "log__to": ()}
 RUNS = {                 # name -> (cheats, recipe, what differs from it)
     "draft-strong": (True, "draft:emoji", {"optim__lr": 1e-2}),
     "dno-free": (True, "dno:emoji", {"method__prno": 0.0, "method__prno_vector": 0.0,

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from jaxalign import train
 from jaxalign.config import explain, recipes
 from jaxalign.config.command import Flags, exit_status, run_command
+from jaxalign.config.registry import load_method, need
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 
@@ -29,6 +30,7 @@ _THOROUGH = _FLAGS.define("bool", "plan_thorough", False, "Compile a --plan as a
 
 def main(argv) -> None:
   del argv
+  _own_data(_CONFIG.value)
   if "task" in _CONFIG.value:
     return _pretrain(_CONFIG.value)
   cfg = recipes.parse(_CONFIG.value)
@@ -42,6 +44,22 @@ def main(argv) -> None:
     print(plan(cfg, _PLAN.value, _THOROUGH.value))
     return
   train.run(cfg, _workdir(cfg))
+
+
+def _own_data(config) -> None:
+  """Whoever names prompts or pairs of their own, and none to be judged by, is judged by some of
+  these: the recipe's are of another world."""
+  given = dict(arg.removeprefix("--config.").split("=", 1) for arg in sys.argv
+               if arg.startswith("--config.data.") and "=" in arg)
+  own = {key for key in ("data.prompts", "data.pairs")
+         if not given.get(key, "jaxalign:").startswith("jaxalign:")}
+  if "task" in config or "data.eval_prompts" in given or not own:
+    return
+  if need(load_method(config.method.name).Config, "at_inference"):
+    return                                             # reads neither
+  if "data.prompts" not in given:
+    config.data.prompts = ""
+  config.data.eval_prompts = ""
 
 
 def _pretrain(config) -> None:

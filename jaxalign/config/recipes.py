@@ -34,8 +34,11 @@ def completed(values: dict) -> dict:
   known = json.loads(default(values["method"]["name"]).to_json())
   values = {**values, **{name: {**group, **values.get(name, {})}
                          for name, group in known.items() if isinstance(group, dict)}}
-  final = values["sample"]["final"]
-  return {**values, "sample": {**values["sample"], "final": OLD_FINALS.get(final, final)}}
+  final, log = values["sample"]["final"], dict(values["log"])
+  if "tensorboard" in log and not log.pop("tensorboard"):
+    log["to"] = []
+  return {**values, "log": log,
+          "sample": {**values["sample"], "final": OLD_FINALS.get(final, final)}}
 
 
 def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:

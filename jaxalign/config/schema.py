@@ -84,8 +84,9 @@ class DataConfig:
   """Prompts, one a line: text files, or `jaxalign:NAME` for a file shipped with the package.
 
   Attributes:
-    prompts: drawn uniformly in training.
-    eval_prompts: held out; base and tuned model are compared on these.
+    prompts: drawn uniformly in training; empty, with pairs, for their captions.
+    eval_prompts: held out; base and tuned model are compared on these. Empty: a tenth of `prompts`,
+      which training then leaves out.
     pairs: what preference methods train on instead of `prompts`, see `jaxalign.data.pairs`: a
       Parquet file or a folder of them, a JSONL file, a folder with winner/ and loser/,
       `jaxalign:emoji`, or `jaxalign:fixture` for tests. Empty for other methods.
@@ -290,9 +291,11 @@ class LogConfig:
   """What is written beside metrics.jsonl.
 
   Attributes:
-    tensorboard: also write event files. grid_prompts: rows of the sample pictures.
+    to: who else gets the numbers: "tensorboard", and what is installed of "wandb", "mlflow" and
+      "trackio" (docs/metrics.md).
+    grid_prompts: rows of the sample pictures.
   """
-  tensorboard: bool = True
+  to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
   grid_prompts: Count = 8
 
   def __post_init__(self):

@@ -36,17 +36,17 @@ from jaxalign.train.search import Search, means
 from jaxalign.train.workdir import Workdir
 
 
-def run(cfg: Config, path: pathlib.Path, devices=None) -> dict:
-  """Runs, or continues, `cfg` in the folder `path`; returns the summary.
+def run(cfg: Config, path: pathlib.Path, devices=None, on_step=None, on_look=None) -> dict:
+  """Runs, or continues, `cfg` in the folder `path`; returns the summary. See `train.run`.
 
   Raises:
     UserError: the config, a file or a reward is at fault; checkpoints written before stay.
   """
   with contextlib.ExitStack() as stack:      # closes files and finishes writing whatever happens
-    return _run(cfg, path, devices, stack)
+    return _run(cfg, path, devices, stack, on_step, on_look)
 
 
-def _run(cfg, path, devices, stack) -> dict:
+def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   # ------------------------------------------------------------------ workdir
   say = processes.say
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
@@ -92,7 +92,7 @@ def _run(cfg, path, devices, stack) -> dict:
   step, saved = steps.resume(cfg, workdir, checkpoints, search.state, progress)
   if step:
     search.state = saved
-  workdir.open_metrics(step, cfg.log.tensorboard)
+  workdir.open_metrics(step, cfg.log.to, on_step)
 
   # ------------------------------------------------------------------ optimisation
   if not step:
@@ -113,6 +113,8 @@ def _run(cfg, path, devices, stack) -> dict:
     """The evaluation of this step: what it adds to the log; judges progress."""
     samples = images_of(search.product(), f"watching step {step}")
     workdir.keep("watch", samples)
+    if on_look is not None and processes.is_main():
+      on_look(step, samples, prompts)
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, prompts, cfg)
     seen = watch_metrics(samples, base)
     progress.update(judge_progress(cfg, progress, step, seen))

@@ -16,7 +16,7 @@ from jaxalign import methods, metrics
 from jaxalign.config.schema import Config
 from jaxalign.convert import save_pipeline
 from jaxalign.data.pairs import open_pairs
-from jaxalign.data.prompts import draw_prompts, read_prompts
+from jaxalign.data.prompts import draw_prompts, read_sets
 from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.storage.checkpoint import Checkpointer
@@ -40,23 +40,25 @@ from jaxalign.train.report import (
 from jaxalign.train.workdir import Workdir
 
 
-def run(cfg: Config, path: pathlib.Path, devices=None) -> dict:
-  """Runs, or continues, `cfg` in the folder `path`; returns the summary.
+def run(cfg: Config, path: pathlib.Path, devices=None, on_step=None, on_look=None) -> dict:
+  """Runs, or continues, `cfg` in the folder `path`; returns the summary. See `train.run`.
 
   Raises:
     UserError: the config, a file or a reward is at fault; checkpoints written before stay.
   """
   with contextlib.ExitStack() as stack:      # closes files and finishes writing whatever happens
-    return _run(cfg, path, devices, stack)
+    return _run(cfg, path, devices, stack, on_step, on_look)
 
 
-def _run(cfg, path, devices, stack) -> dict:
+def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   # ------------------------------------------------------------------ workdir
   say = processes.say
-  train_prompts = read_prompts("data.prompts", cfg.data.prompts)
-  eval_prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)
-  eval_prompts = eval_prompts[:cfg.eval.prompts or None]
   pair_files = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
+  sets = read_sets(cfg.data.prompts, cfg.data.eval_prompts, cfg.eval.prompts,
+                   pair_files.captions if pair_files else ())
+  train_prompts, eval_prompts = sets.training, sets.evaluation
+  if pair_files and sets.held_out:
+    pair_files = pair_files.without(sets.held_out)
   contents = {"data.prompts": train_prompts, "data.eval_prompts": eval_prompts}
   if cfg.reads_pairs:
     contents["data.pairs"] = [pair_files.digest()]
@@ -73,8 +75,8 @@ def _run(cfg, path, devices, stack) -> dict:
   # Made only now, so that a config that is refused leaves no folder behind.
   workdir.create()
   stack.callback(workdir.close)
-  say(f"{cfg.recipe}: {len(train_prompts)} training prompts, {len(eval_prompts)} held-out ones; "
-      f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
+  say(f"{cfg.recipe}: {sets}")
+  say(f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
   evaluate = Evaluator(exp)
   root = jax.random.key(cfg.seed)
   untouched = jax.jit(exp.models.init_policy)(rng.stream(root, rng.INIT),
@@ -136,7 +138,7 @@ def _run(cfg, path, devices, stack) -> dict:
     state, best = saved["method"], saved.get("best")
   if progress["strength"] != 1.0:
     method, programs = prepare(progress["strength"])
-  workdir.open_metrics(step, cfg.log.tensorboard)
+  workdir.open_metrics(step, cfg.log.to, on_step)
 
   # ------------------------------------------------------------------ training
   if not step:
@@ -170,6 +172,8 @@ def _run(cfg, path, devices, stack) -> dict:
     nonlocal best
     samples = watch(method.product(state), f"watching step {step}")
     workdir.keep("watch", samples)
+    if on_look is not None and processes.is_main():
+      on_look(step, samples, watched)
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, watched, cfg)
     seen = watch_metrics(samples, base_watch)
     progress.update(judge_progress(cfg, progress, step, seen))
@@ -200,7 +204,7 @@ def _run(cfg, path, devices, stack) -> dict:
     checkpoints.forget_from(step)
     if step:
       checkpoints.save(step, content(), progress)
-    workdir.open_metrics(step, cfg.log.tensorboard)
+    workdir.open_metrics(step, cfg.log.to, on_step)
 
   while True:
     compile_programs()

@@ -10,7 +10,7 @@ from jaxalign import methods
 from jaxalign.config import recipes, schema
 from jaxalign.config.nearest import suggestion
 from jaxalign.convert import load_pipeline
-from jaxalign.data.prompts import read_prompts
+from jaxalign.data.prompts import some_prompt
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
@@ -86,7 +86,7 @@ def _policy(checkpoint: pathlib.Path, cfg: schema.Config):
   # On one device, whatever the run itself has.
   cfg = dataclasses.replace(cfg, mesh=schema.MeshConfig(1))
   exp = build(cfg, jax.devices()[:1])
-  table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
+  table = exp.prompt_table(some_prompt(cfg.data.prompts, cfg.data.eval_prompts)[:1])
   zeros = np.zeros(cfg.sample.batch, np.int32)
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   key = rng.stream(jax.random.key(cfg.seed), rng.INIT)
