@@ -228,9 +228,10 @@ def test_a_scalar_time_is_one_for_all_and_times_are_not_rounded():
 
 def test_new_networks_start_at_the_identity():
   model, _, variables = new("dual")
+  zero, flat = StableDiffusion3Pipeline.starts_at_zero, traverse_util.flatten_dict(
+      variables["params"], sep="/")
   params = traverse_util.unflatten_dict({
-      path: np.zeros_like(leaf) if re.search(StableDiffusion3Pipeline.starts_at_zero, path) else leaf
-      for path, leaf in traverse_util.flatten_dict(variables["params"], sep="/").items()},
+      path: np.zeros_like(leaf) if re.search(zero, path) else leaf for path, leaf in flat.items()},
       sep="/")
   assert jax.tree.structure(params) == jax.tree.structure(variables["params"])
   apply = jax.jit(model.apply)
