@@ -137,7 +137,8 @@ class Battery:
     error, size = optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)), optax.tree.norm(ours)
     assert error <= 2e-3 * size, error / size
     for key, value in logged[1].items():
-      np.testing.assert_allclose(logged_by_eight[1][key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+      # A divergence is quadratic in the update, and has twice its relative error.
+      np.testing.assert_allclose(logged_by_eight[1][key], value, rtol=4e-3, atol=1e-5, err_msg=key)
 
   @pytest.mark.slow
   def test_bfloat16_is_finite(self, name):
