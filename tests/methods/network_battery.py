@@ -91,8 +91,20 @@ def trained(name: str, family: str, count: int):
   return states, products, logged, references, traces["update"]
 
 
+def one_by_one(names):
+  """A fixture `name` that takes each of the parameters `names` through all tests of a file, then
+  lets go of its programs: those of all methods together are more than a process may map."""
+  @pytest.fixture(scope="module", params=names)
+  def name(request):
+    yield request.param
+    for cached in (trained, program, experiment):
+      cached.cache_clear()
+    jax.clear_caches()
+  return name
+
+
 class Battery:
-  """To be derived from with a `family`, a key of `FAMILIES`, and a fixture `name`: the methods."""
+  """To be derived from with a `family`, a key of `FAMILIES`, beside a fixture `name`: a method."""
   family: str
 
   def test_an_update(self, name):
