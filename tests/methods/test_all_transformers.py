@@ -3,7 +3,6 @@ import pytest
 from battery import COUSINS, METHODS
 from network_battery import Battery, one_by_one
 
-
 name = one_by_one([pytest.param(method, marks=[pytest.mark.slow] * (method in COUSINS))
                    for method in METHODS])
 
