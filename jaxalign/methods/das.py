@@ -106,7 +106,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """DAS as a Method at inference: a step of each image per update, and one for the outputs."""
   sampler, count = models.sampler, cfg.particles
   steps, lams = sampler.steps, jnp.asarray(tempering(cfg, sampler.steps), jnp.float32)
-  beta = cfg.beta / models.reward_std if cfg.beta_unit == "sigma" else cfg.beta
+  beta = particles.strength(models, cfg)
   adaptive = cfg.temper == "adaptive"
 
   def init(key, frozen, batch):

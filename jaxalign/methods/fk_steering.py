@@ -106,7 +106,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """FK steering as a Method at inference: a point of each image per update."""
   steps, count = models.sampler.steps, cfg.particles
   edges = jnp.asarray(bounds(cfg, steps))
-  beta = cfg.beta / models.reward_std if cfg.beta_unit == "sigma" else cfg.beta
+  beta = particles.strength(models, cfg)
 
   def segment(state):
     stage = jnp.minimum(state["updates"], cfg.points)

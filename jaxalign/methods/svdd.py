@@ -62,7 +62,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """SVDD as a Method at inference: a step of each image per update, and one for the outputs."""
   sampler, count = models.sampler, cfg.candidates
   steps = sampler.steps
-  beta = cfg.beta / models.reward_std if cfg.beta_unit == "sigma" else cfg.beta
+  beta = particles.strength(models, cfg)
 
   def init(key, frozen, batch):
     state = particles.begin(models, key, batch, count)

@@ -11,8 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.devices import rng
+from jaxalign.errors import UserError
 from jaxalign.methods import Models
 from jaxalign.methods.shared.noise import draw
+
+
+def strength(models: Models, cfg) -> float:
+  """`cfg.beta` in 1 / reward units.
+
+  Raises:
+    UserError: it is in standard deviations of the reward, which has none.
+  """
+  if cfg.beta_unit == "raw":
+    return cfg.beta
+  if not models.reward_std:
+    raise UserError("method.beta_unit='sigma': the reward gives every sample of a prompt the same "
+                    "score on the base model; set 'raw', and method.beta in 1 / its unit")
+  return cfg.beta / models.reward_std
 
 
 def begin(models: Models, key, batch, count: int) -> dict:
