@@ -49,9 +49,9 @@ class Entry:
   sentence: str
   strength: str = "scale"
   chain: str = "noisy"
-  updates: int = 400
-  batch: int = 128
-  lr: float = 3e-3
+  updates: int = 320
+  batch: int = 64
+  lr: float = 5e-3
   label: str = ""
   line_scale: float = 1.0
   line_lr: float = 0.02

@@ -104,15 +104,20 @@ def tilt(models, beta):
 
 
 def control(models, beta):
-  """The best policy whose steps keep their variances: linear-quadratic control, backwards."""
+  """The best policy whose steps keep their variances."""
+  return pulled_by_value(models, beta, narrow=False)
+
+
+def pulled_by_value(models, beta, narrow: bool):
+  """Steps toward the value, or with `narrow` times its exponential: backwards from the reward."""
   gain, add = steps_of(models)
   curvature, centre = np.zeros(len(gain)), np.zeros(len(gain))
   p, c = beta, CENTRE
   for k in reversed(range(len(gain))):
     curvature[k], centre[k] = p, c
     p = gain[k] ** 2 * p / (1 + models.sampler.std[k] ** 2 * p)
-    c = (c - add[k]) / gain[k]
-  return pulled(models, curvature, centre, narrow=False)
+    c = (c - add[k]) / gain[k] if gain[k] else 0.0          # pure noise says nothing of the end
+  return pulled(models, curvature, centre, narrow)
 
 
 def forward_looking(models, beta):
@@ -202,6 +207,13 @@ THEORY = {"fk_steering": tilt, "das": tilt, "svdd": candidates, "svdd, argmax": 
           "draft, full": mode, "refl": mode, "alignprop": mode}
 
 
+def theory_of(entry: Entry, models) -> Law | None:
+  """The fixed point of an entry, where it has a formula."""
+  if entry.strength == "candidates":
+    return best_of(models, entry.updates)
+  return THEORY[entry.name](models, entry.line_scale) if entry.name in THEORY else None
+
+
 def chain_of(entry: Entry, path: str) -> str:
   return "noisy" if entry.chain == "sde" and path == "vp" else entry.chain
 
@@ -212,11 +224,7 @@ def row(entry: Entry, path: str) -> dict:
                                   "reads_pairs") else AFFINE
   scale = entry.line_scale
   models, chain = world.models(path, chain_of(entry, path)), chain_of(entry, path)
-  theory = THEORY.get(entry.name)
-  if entry.strength == "candidates":
-    own = best_of(models, entry.updates)
-  else:
-    own = theory and theory(models, scale)
+  own = theory_of(entry, models)
   if entry.at_inference:
     x = np.stack([searched(entry, models, scale, i, COUNT) for i in range(SEEDS)])
   else:

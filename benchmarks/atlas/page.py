@@ -1,8 +1,11 @@
 """docs/atlas.md and its pictures, from the rows."""
+import pathlib
+import re
+
 import numpy as np
 
 from benchmarks.atlas import plane
-from benchmarks.atlas.entries import ENTRIES, READING
+from benchmarks.atlas.entries import ENTRIES
 from benchmarks.atlas.laboratory import PATHS, Entry
 
 NAMES = {"vp": "variance-preserving path", "flow": "flow"}
@@ -45,20 +48,33 @@ def short(number: float) -> str:
   return f"{number:.0f}"
 
 
-def tables_of_the_plane(found: dict, path: str) -> list[str]:
-  lines = ["| method | strength | KL to the tilt (floor) | plain, twice, cliff (tilt) | reward "
-           "(tilt) | gained | path KL | rewards asked | network calls |",
-           "|---|---|---|---|---|---|---|---|---|"]
+def read_row(cells: list[str]) -> dict:
+  """What `holds_on_the_plane` needs, of the cells of a row of the page."""
+  numbers = lambda text: [float(n) for n in re.findall(r"-?\d+\.\d+", text)]
+  kl, floor = numbers(cells[2])
+  gain, base_kl = numbers(cells[5])
+  return {"kl": kl, "floor": floor, "base_kl": base_kl, "mass": numbers(cells[3])[:3],
+          "reward": gain, "base_reward": 0.0, "tilt_reward": 1.0}
+
+
+def cells_of_row(entry: Entry, row: dict) -> list[str]:
+  """A row of the plane as the page has it."""
   masses = lambda values: " ".join(f"{v:.2f}" for v in values)
-  for entry in ENTRIES:
-    for row in found["plane", path, entry.name]:
-      kl = "" if row["path_kl"] is None else f"{row['path_kl']:.2f}"
-      lines.append(
-          f"| {entry.name} | {row['strength']:g} | {row['kl']:.3f} ({row['floor']:.3f}) | "
-          f"{masses(row['mass'])} ({masses(row['tilt_mass'])}) | {row['reward']:.2f} ± "
-          f"{row['reward_error']:.2f} ({row['tilt_reward']:.2f}) | {gained(row):.2f} | {kl} | "
-          f"{short(row['rewards'])} | {short(row['network'])} |")
-  return lines
+  return [
+      entry.name, f"{row['strength']:g}", f"{row['kl']:.3f} ({row['floor']:.3f})",
+      f"{masses(row['mass'])} ({masses(row['tilt_mass'])})",
+      f"{row['reward']:.2f} ± {row['reward_error']:.2f} ({row['tilt_reward']:.2f})",
+      f"{gained(row):.2f} ({row['base_kl']:.3f})",
+      "" if row["path_kl"] is None else f"{row['path_kl']:.2f}",
+      short(row["rewards"]), short(row["network"])]
+
+
+def table_of_the_plane(found: dict, path: str) -> list[str]:
+  return ["| method | strength | KL to the tilt (floor) | plain, twice, cliff (tilt) | reward "
+          "(tilt) | gained (KL of the base) | path KL | rewards asked | network calls |",
+          "|---|---|---|---|---|---|---|---|---|",
+          *(f"| {' | '.join(cells_of_row(entry, row))} |" for entry in ENTRIES
+            for row in found["plane", path, entry.name])]
 
 
 def table_of_the_line(found: dict, path: str) -> list[str]:
@@ -77,7 +93,8 @@ def summary(found: dict) -> list[str]:
   lines = ["| method | converges to | plane, VP | plane, flow | line, VP | line, flow | |",
            "|---|---|---|---|---|---|---|"]
   for entry in ENTRIES:
-    on_plane = [verdict(holds_on_the_plane(entry, found["plane", path, entry.name]))
+    on_plane = [verdict(holds_on_the_plane(entry, [
+        read_row(cells_of_row(entry, row)) for row in found["plane", path, entry.name]]))
                 for path in PATHS]
     on_line = [verdict(holds_on_the_line(found["line", path, entry.name])) for path in PATHS]
     lines.append(f"| {entry.name} | {entry.limit} | {' | '.join(on_plane + on_line)} | "
@@ -89,11 +106,12 @@ def write(root, found: dict, seconds: float) -> None:
   """`docs/atlas.md` and `docs/images/atlas_*.png` under `root`."""
   for path in PATHS:
     draw(root / "docs" / "images" / f"atlas_{path}.png", found, path)
-  text = [READING.format(minutes=f"{seconds / 60:.0f}").strip(), "", "## What each converges to",
+  reading = pathlib.Path(__file__).with_name("reading.md").read_text()
+  text = [reading.format(minutes=f"{seconds / 60:.0f}").strip(), "", "## What each converges to",
           "", *summary(found)]
   for path, name in NAMES.items():
     text += ["", f"## The plane on the {name}", "", f"![samples](images/atlas_{path}.png)", "",
-             *tables_of_the_plane(found, path)]
+             *table_of_the_plane(found, path)]
   for path, name in NAMES.items():
     text += ["", f"## The line on the {name}", "", *table_of_the_line(found, path)]
   (root / "docs" / "atlas.md").write_text("\n".join(text) + "\n")

@@ -25,7 +25,7 @@ MIXTURE = analytic.Mixture(np.full(3, 1 / 3), MEANS, np.full(3, 0.1))
 STRENGTHS = (0.5, 1.0, 2.0)
 COUNT = 8192                  # samples of a row, half of it at inference
 EDGES = np.linspace(-3, 3, 25)
-POOL = 262_144                # samples of the base, which the exact tilt re-weights
+POOL = 131_072                # samples of the base, which the exact tilt re-weights
 
 
 def reward(x):
@@ -39,7 +39,7 @@ def reward(x):
 
 
 def network(schedule, sampler):
-  return analytic.mlp(schedule, 2, width=48)
+  return analytic.mlp(schedule, 2, width=40)
 
 
 WORLD = World("plane", MIXTURE, reward, network)
