@@ -49,7 +49,7 @@ def main():
       file = kept(world, path, entry)
       if args.fresh or not file.exists():
         # What runs for less time than its compilation takes is compiled quickly.
-        jax.config.update("jax_disable_most_optimizations", world == "line" or entry.at_inference)
+        jax.config.update("jax_disable_most_optimizations", world == "line")
         begun = time.process_time()
         rows = WORLDS[world](entry, path)
         content = {"seconds": time.process_time() - begun, "rows": rows}
@@ -57,7 +57,6 @@ def main():
       content = json.loads(file.read_text())
       found[world, path, entry.name] = content["rows"]
       seconds += content["seconds"]
-      jax.clear_caches()               # or every program stays in memory
   if args.only:
     print(json.dumps({" ".join(key): [
         {k: v for k, v in row.items() if k != "cells"} for row in (

@@ -20,6 +20,7 @@ from jaxalign.methods.shared.noise import generate
 from jaxalign.testing import analytic
 
 STEPS = 20
+POOL = 65_536                 # samples of a base model's chain
 PATHS = {"vp": analytic.SD_SCHEDULE, "flow": analytic.FLOW_SCHEDULE}
 # Chains on a path: with noise at every step and none left of the start; Flow-GRPO's; without noise.
 CHAINS = {"noisy": dict(kind="ddim", eta=1.0, final="noisy"),
@@ -49,7 +50,7 @@ class Entry:
   sentence: str
   strength: str = "scale"
   chain: str = "noisy"
-  updates: int = 320
+  updates: int = 240
   batch: int = 64
   lr: float = 5e-3
   label: str = ""
@@ -89,16 +90,18 @@ class World:
         policy=self.policy(schedule, sampler), **options)
 
 
+  @functools.cache                       # noqa: B019
+  def base(self, path: str, chain: str):
+    """Outputs `[POOL, D]` of the base model's chain."""
+    models = self.models(path, chain)
+    run = jax.jit(lambda key: models.rollout(
+        None, models.frozen, analytic.make_batch(POOL), key).final)
+    return run(jax.random.key(7))
+
+
 def scaled(frozen, scale):
   """`frozen` with the reward of this scale."""
   return {**frozen, "reward": {"scale": jnp.asarray(scale, jnp.float32)}}
-
-
-def base_samples(models: Models, count: int, seed: int = 7):
-  """Outputs `[count, D]` of the base model's chain."""
-  run = jax.jit(lambda key: models.rollout(
-      None, models.frozen, analytic.make_batch(count), key).final)
-  return run(jax.random.key(seed))
 
 
 def _pairs(models, frozen, pool, key, size: int):
@@ -131,13 +134,12 @@ def _experience(method, models, state, frozen, batch, key):
   return experience, rewards
 
 
-def trained(entry: Entry, models: Models, scales, seeds) -> list:
+def trained(entry: Entry, world: World, path: str, chain: str, scales, seeds) -> list:
   """Policies `[lanes]` after a quarter, half and all updates, a lane for each scale and seed."""
+  models = world.models(path, chain)
   method, config = build(entry, models)
   rows = analytic.make_batch(entry.batch)
-  group = registry.need(config, "group")
-  rows["prompt_ids"] = jnp.arange(entry.batch) // group * 0
-  pool = base_samples(models, 65_536) if registry.need(config, "reads_pairs") else None
+  pool = world.base(path, chain) if registry.need(config, "reads_pairs") else None
 
   def step(frozen, state, key):
     batch_key, collect_key, update_key = jax.random.split(key, 3)

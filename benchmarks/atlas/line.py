@@ -15,7 +15,7 @@ from jaxalign.testing import analytic
 
 MEAN, VAR, CENTRE = 0.7, 0.5, 2.0
 MIXTURE = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))
-SEEDS, COUNT = 4, 8192
+SEEDS, COUNT = 4, 4096
 
 
 def reward(x):
@@ -229,7 +229,7 @@ def row(entry: Entry, path: str) -> dict:
     x = np.stack([searched(entry, models, scale, i, COUNT) for i in range(SEEDS)])
   else:
     entry = dataclasses.replace(entry, lr=entry.line_lr or entry.lr)
-    policies = trained(entry, models, [scale] * SEEDS, list(range(SEEDS)))[-1]
+    policies = trained(entry, world, path, chain, [scale] * SEEDS, list(range(SEEDS)))[-1]
     x, _ = sample(world, path, chain, policies, COUNT)
   runs = np.stack([x[..., 0].mean(1), x[..., 0].std(1)], 1).astype(np.float64)
   of = lambda law: law and [law.mean, law.std]

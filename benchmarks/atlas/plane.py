@@ -10,7 +10,6 @@ import numpy as np
 from benchmarks.atlas.laboratory import (
   Entry,
   World,
-  base_samples,
   queries,
   sample,
   searched,
@@ -23,9 +22,8 @@ ANGLES = np.pi / 2 + 2 * np.pi / 3 * np.arange(3)
 MEANS = 1.5 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
 MIXTURE = analytic.Mixture(np.full(3, 1 / 3), MEANS, np.full(3, 0.1))
 STRENGTHS = (0.5, 1.0, 2.0)
-COUNT = 8192                  # samples of a row, half of it at inference
+COUNT = 4096                  # samples of a row
 EDGES = np.linspace(-3, 3, 25)
-POOL = 131_072                # samples of the base, which the exact tilt re-weights
 
 
 def reward(x):
@@ -39,7 +37,7 @@ def reward(x):
 
 
 def network(schedule, sampler):
-  return analytic.mlp(schedule, 2, width=40)
+  return analytic.mlp(schedule, 2, width=32)
 
 
 WORLD = World("plane", MIXTURE, reward, network)
@@ -60,7 +58,7 @@ class Target:
 
 @functools.cache
 def pool(path: str, chain: str):
-  x = np.asarray(base_samples(WORLD.models(path, chain), POOL))
+  x = np.asarray(WORLD.base(path, chain))
   return x, np.asarray(jax.jit(reward)(jnp.asarray(x)), np.float64)
 
 
@@ -127,16 +125,16 @@ def rows(entry: Entry, path: str) -> list[dict]:
       one, scale = entry, strength
       if entry.strength == "candidates":
         one, scale = dataclasses.replace(entry, updates=entry.updates * 2 ** i), 1.0
-      x = np.asarray(searched(one, models, scale, i, COUNT // 2))
+      x = np.asarray(searched(one, models, scale, i, COUNT))
       out.append({"strength": one.updates if one is not entry else strength, "scale": scale,
                   **described(x, path, chain, scale), **queries(one, models)})
     return out
   if entry.strength == "scale":
-    policies = trained(entry, models, STRENGTHS, [0, 1, 2])[-1]
+    policies = trained(entry, WORLD, path, chain, STRENGTHS, [0, 1, 2])[-1]
     x, kl = sample(WORLD, path, chain, policies, COUNT)
     return [{"strength": s, "scale": s, **described(x[i], path, chain, s, kl[i]),
              **queries(entry, models)} for i, s in enumerate(STRENGTHS)]
-  for policies, share in zip(trained(entry, models, [1.0], [0]), (0.25, 0.5, 1.0)):
+  for policies, share in zip(trained(entry, WORLD, path, chain, [1.0], [0]), (0.25, 0.5, 1.0)):
     x, kl = sample(WORLD, path, chain, policies, COUNT)
     out.append({"strength": round(share * entry.updates), "scale": 1.0,
                 **described(x[0], path, chain, 1.0, kl[0]), **queries(entry, models, share)})
