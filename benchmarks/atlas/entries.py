@@ -7,16 +7,16 @@ KL = dict(STEPS, group=8, minibatches=2, kl=1.0, kl_unit="raw")
 
 ENTRIES = (
     # ---- at inference
-    Entry("fk_steering", dict(RAW, particles=16), "tilt",
+    Entry("fk_steering", dict(RAW, particles=8), "tilt",
           "Weights make up for every choice on the way, the start included; what is left is of "
           "order 1 / K.", updates=5),
-    Entry("das", dict(RAW, particles=8), "tilt",
+    Entry("das", dict(RAW, particles=4), "tilt",
           "The same limit with gradients in the proposal, here with half as many particles.",
           updates=0),
-    Entry("svdd", dict(RAW, candidates=16), "another law",
+    Entry("svdd", dict(RAW, candidates=8), "another law",
           "Softmax of the clean estimate's reward without weights: near the tilt, and off where "
           "the estimate misleads.", updates=0),
-    Entry("svdd", dict(RAW, candidates=16, select="argmax"), "mode",
+    Entry("svdd", dict(RAW, candidates=8, select="argmax"), "mode",
           "The best at every step, whatever the strength.", updates=0, label="svdd, argmax"),
     Entry("best_of_n", {}, "another law",
           "Of N samples the best: N is the only strength, and the law has the shape of no tilt.",
@@ -41,7 +41,7 @@ ENTRIES = (
           "tilt given the noise", "With the exact KL and raw rewards it is DPOK on its own chain.",
           batch=128, chain="sde", label="flow_grpo, tilt"),
     Entry("nft", dict(prox=8.0, tilt_budget=1.0, weighting="own", advantage_clip=20.0,
-                      old_rate=1.0, old_cap=0.975), "tilt",
+                      old_rate=1.0, old_cap=0.96), "tilt",
           "Small steps along the tangent of the tilt add up to it; the budget ends them.",
           chain="ode", batch=128),
     Entry("ram", dict(eta=1.0, advantage_clip=20.0), "first-order tilt",

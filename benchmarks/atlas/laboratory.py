@@ -94,9 +94,15 @@ class World:
   def base(self, path: str, chain: str):
     """Outputs `[POOL, D]` of the base model's chain."""
     models = self.models(path, chain)
-    run = jax.jit(lambda key: models.rollout(
-        None, models.frozen, analytic.make_batch(POOL), key).final)
+    run = jax.jit(lambda key: walk(models, None, key, POOL).final)
     return run(jax.random.key(7))
+
+
+def walk(models: Models, policy, key, count: int):
+  """Trajectories with noise that is drawn at once: by sample it would take longer than the rest."""
+  noise = jax.random.normal(key, (models.sampler.steps + 1, count) + models.latent_shape)
+  return models.rollout(policy, models.frozen, analytic.make_batch(count), key, x_init=noise[0],
+                        noise=noise[1:])
 
 
 def scaled(frozen, scale):
@@ -200,15 +206,14 @@ def _sampling(world: World, path: str, chain: str, count: int):
   sampler = noisy.sampler
 
   def one(policy, key):
-    final = models.rollout(policy, models.frozen, analytic.make_batch(count), key).final
-    few = analytic.make_batch(count // 4)
-    walk = noisy.rollout(policy, noisy.frozen, few, jax.random.fold_in(key, 1))
+    seen = walk(noisy, policy, jax.random.fold_in(key, 1), count // 4)
 
     def gap(total, k):
-      ours, base = (noisy.output(p, noisy.frozen, walk.latents[k], sampler.at("timesteps", k),
-                                 few["conditioning"]) for p in (policy, None))
-      return total + 0.5 * jnp.square(sampler.at("rate", k)) * jnp.square(ours - base).sum(1), None
-    return final, jax.lax.scan(gap, jnp.zeros(count // 4), jnp.arange(sampler.steps))[0]
+      base = noisy.output(None, noisy.frozen, seen.latents[k], sampler.at("timesteps", k),
+                          analytic.make_batch(count // 4)["conditioning"])
+      return total + 0.5 * jnp.square(sampler.at("rate", k) * (seen.out[k] - base)).sum(1), None
+    kl, _ = jax.lax.scan(gap, jnp.zeros(count // 4), jnp.arange(sampler.steps))
+    return walk(models, policy, key, count).final, kl
   return jax.jit(jax.vmap(one, in_axes=(0, None)))
 
 

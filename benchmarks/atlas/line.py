@@ -15,7 +15,7 @@ from jaxalign.testing import analytic
 
 MEAN, VAR, CENTRE = 0.7, 0.5, 2.0
 MIXTURE = analytic.Mixture(np.ones(1), np.asarray([[MEAN]]), np.asarray([VAR]))
-SEEDS, COUNT = 4, 4096
+SEEDS, COUNT = 4, 2048
 
 
 def reward(x):

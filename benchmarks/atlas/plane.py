@@ -22,7 +22,7 @@ ANGLES = np.pi / 2 + 2 * np.pi / 3 * np.arange(3)
 MEANS = 1.5 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], 1)
 MIXTURE = analytic.Mixture(np.full(3, 1 / 3), MEANS, np.full(3, 0.1))
 STRENGTHS = (0.5, 1.0, 2.0)
-COUNT = 4096                  # samples of a row
+COUNT = 4096                  # samples of a row, half of it at inference
 EDGES = np.linspace(-3, 3, 25)
 
 
@@ -125,7 +125,7 @@ def rows(entry: Entry, path: str) -> list[dict]:
       one, scale = entry, strength
       if entry.strength == "candidates":
         one, scale = dataclasses.replace(entry, updates=entry.updates * 2 ** i), 1.0
-      x = np.asarray(searched(one, models, scale, i, COUNT))
+      x = np.asarray(searched(one, models, scale, i, COUNT // 2))
       out.append({"strength": one.updates if one is not entry else strength, "scale": scale,
                   **described(x, path, chain, scale), **queries(one, models)})
     return out
