@@ -35,8 +35,9 @@ def begin(models: Models, key, batch, count: int) -> dict:
 
   The first particle's noise is the evaluation's, so that K = 1 is the base model.
   """
-  noise = jnp.stack([draw(models, jax.random.fold_in(key, i) if i else key, batch["sample_ids"])
-                     for i in range(count)], 1)                            # [B, K, 1+T, ...]
+  keys = [jax.random.fold_in(key, i) if i else key for i in range(count)]
+  noise = jax.vmap(lambda k: draw(models, k, batch["sample_ids"]), out_axes=1)(
+      jnp.stack(keys))                                                     # [B, K, 1+T, ...]
   size = noise.shape[0]
   return {"noise": noise, "x": models.sampler.input_scale * noise[:, :, 0],
           "log_w": jnp.zeros((size, count)), "log_z": jnp.zeros(size), "best": noise[:, 0],
