@@ -181,6 +181,12 @@ def open_reward(reward: Reward | HostReward, trial: Callable, mesh=None) -> Rewa
   return reward if mesh is None or isinstance(reward, HostReward) else _on_mesh(reward, mesh)
 
 
+def reweighted(reward: Reward | HostReward, weights: dict[str, float]) -> Reward | HostReward:
+  """The weighted sum `reward` with other weights, of which it is a function of the same params."""
+  names, _, parts = zip(*reward.parts)
+  return _summed(names, tuple(weights[name] for name in names), parts)
+
+
 def _on_mesh(reward: Reward, mesh) -> Reward:
   """The reward with its functions traced with `mesh` in force, for callbacks split over it."""
   traced = lambda f: f and sharding.on_mesh(f, mesh)
