@@ -16,7 +16,9 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["jaxalign", "jaxalign.*"]), "jaxalign.configs"],
     package_dir={"jaxalign": "jaxalign", "jaxalign.configs": "configs"},
     package_data={"jaxalign": ["assets/**/*", "emoji/*.md", "emoji/*.npz", "emoji/*.png",
-                               "pretrain/*.md", "votes/page/*"]},
+                               "pretrain/*.md", "reports/page/*",
+                               "votes/page/*"]},
+    entry_points={"console_scripts": ["jaxalign = jaxalign.__main__:run"]},
     install_requires=[
         "absl-py>=2.1",                # command-line flags
         "flax>=0.10",                  # network modules (Linen)

@@ -73,10 +73,11 @@ def whole_folder(path, removed=(), last: str = ""):
 def sweep(folder: pathlib.Path) -> None:
   """Deletes what killed processes have left below a folder that is this process's alone."""
   for left in [*folder.rglob(".partial.*")]:
-    _delete(left)
+    delete(left)
 
 
-def _delete(left: pathlib.Path) -> None:
+def delete(left: pathlib.Path) -> None:
+  """Deletes a file or a folder with all in it, if it is there."""
   if left.is_dir():
     shutil.rmtree(left, ignore_errors=True)
   else:
@@ -87,7 +88,7 @@ def _begin(path: pathlib.Path) -> pathlib.Path:
   """This process's own name beside `path`, where what others left for that name is deleted."""
   for left in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
     if _abandoned(left, path.name):
-      _delete(left)
+      delete(left)
   return path.with_name(f".partial.{platform.node()}.{os.getpid()}.{path.name}")
 
 

@@ -152,7 +152,7 @@ def child(recipe: str, run: str, at: int, delay: float, note: str, artwork: str)
     loop.run(parse(config), path)
   else:
     config.mesh.data, config.train.steps, config.train.patience = 1, 3, 0
-    config.eval.every, config.log.tensorboard = 1, False
+    config.eval.every, config.log.to = 1, ()
     train.run(recipes.parse(config), path)
   pathlib.Path(note).write_text(json.dumps({"paths": paths}))
 
