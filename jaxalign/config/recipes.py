@@ -119,6 +119,28 @@ def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
     config.optim.accumulate = 4
 
 
+def make_particles(config: ml_collections.ConfigDict, size: str) -> None:
+  """Sizes of FK steering, DAS and SVDD: images of few prompts, no weight trained."""
+  config.train.patience = 0                     # the judge is reported, and stops nothing
+  config.eval.every = 0
+  if size == "emoji":
+    config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
+    config.reward.names = ("emoji_style",)
+    config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
+  elif size in SMOKE:
+    make_smoke(config, size)
+  else:
+    config.model.path = ""                      # --config.model.path=DIR
+    config.model.dtype = "bfloat16"
+    config.data.eval_prompts = "jaxalign:animals_train"
+    config.sample.batch, config.sample.steps, config.sample.guidance = 1, 50, 5.0
+    if size == "sd35":
+      make_sd35(config)
+      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 1.0, 28
+      config.sample.spacing, config.sample.final = "linspace", "noisy"
+    config.eval.prompts, config.eval.samples, config.eval.batch = 45, 2, 2
+
+
 def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
   """Full fine-tuning on Pick-a-Pic v2 at the published size: 2048 pairs, 2000 updates."""
   config.model.path = ""                    # --config.model.path=DIR

@@ -67,9 +67,13 @@ class RewardConfig:
     names: built-in names, `NAME:WHERE` for published weights (docs/rewards.md), or
       `path/to/file.py:function`, or the URL of a scorer behind HTTP.
     weights: one factor a name.
+    normalise: what the weights are factors of: scores as they are ("none"), over their standard
+      deviation within a prompt on the base model ("std"), or places among the samples of a prompt
+      in the batch, -1 to 1 ("rank"; of the batch where it has one of each).
   """
   names: tuple[str, ...] = ("emoji_clip",)
   weights: tuple[float, ...] = (1.0,)
+  normalise: Literal["none", "std", "rank"] = "none"
 
   def __post_init__(self):
     check("reward", self)
@@ -331,6 +335,10 @@ class Config:
     if self.train.keep_best and self.at_inference:
       raise UserError(f"train.keep_best=True chooses among policies, and method.name="
                       f"{self.method_name!r} trains none")
+    if self.reward.normalise == "rank" and (self.reads_pairs or self.at_inference
+                                            or registry.need(self.method, "reward_gradients")):
+      raise UserError("reward.normalise='rank' is for methods that are given scores of a batch, "
+                      f"not for method.name={self.method_name!r}; set 'std'")
     if self.train.alarm == "rollback" and self.at_inference:
       raise UserError("train.alarm='rollback' goes back to an earlier policy, and method.name="
                       f"{self.method_name!r} trains none: 'stop' ends the run")

@@ -11,7 +11,9 @@ Other packages add rewards through the entry point group `jaxalign.rewards`; eac
 a function without arguments that returns a `Reward` or a `HostReward`.
 """
 import dataclasses
+import inspect
 import math
+import re
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -115,13 +117,16 @@ REWARDS = {
     "jpeg_incompressibility": "jaxalign.rewards.rules:jpeg_incompressibility",
 }
 # The same for those that take WHERE their weights lie, in `reward.names` as NAME:WHERE;
-# docs/rewards.md says what WHERE is.
+# docs/rewards.md says what WHERE is. Some know where, and settings alone may follow, NAME#...
 PRETRAINED = {
     "aesthetic": "jaxalign.rewards.clip_towers:aesthetic",
     "clip_score": "jaxalign.rewards.clip_towers:clip_score",
     "hpsv2": "jaxalign.rewards.clip_towers:hpsv2",
     "hpsv2.1": "jaxalign.rewards.clip_towers:hpsv2_1",
     "image_reward": "jaxalign.rewards.image_reward:image_reward",
+    "ocr": "jaxalign.rewards.ocr:ocr",
+    "ocr_exact": "jaxalign.rewards.ocr:ocr_exact",
+    "ocr_judge": "jaxalign.rewards.ocr:ocr_judge",
     "pickscore": "jaxalign.rewards.clip_towers:pickscore",
 }
 
@@ -174,6 +179,12 @@ def open_reward(reward: Reward | HostReward, trial: Callable, mesh=None) -> Rewa
     callbacks.check()
     reward = _summed(names, weights, parts)
   return reward if mesh is None or isinstance(reward, HostReward) else _on_mesh(reward, mesh)
+
+
+def reweighted(reward: Reward | HostReward, weights: dict[str, float]) -> Reward | HostReward:
+  """The weighted sum `reward` with other weights, of which it is a function of the same params."""
+  names, _, parts = zip(*reward.parts)
+  return _summed(names, tuple(weights[name] for name in names), parts)
 
 
 def _on_mesh(reward: Reward, mesh) -> Reward:
@@ -253,7 +264,7 @@ def _short(names: tuple[str, ...]) -> tuple[str, ...]:
     if ".py:" in name:
       spec, _, settings = name.partition("#")
       return dict(urllib.parse.parse_qsl(settings)).get("name", spec)
-    return name.partition(":")[0] if name.partition(":")[0] in PRETRAINED else name
+    return _pretrained(name) or name
   short = [short(name) for name in names]
   return tuple(s if short.count(s) == 1 else n for s, n in zip(short, names))
 
@@ -270,13 +281,15 @@ def find(name: str) -> Reward | HostReward:
   if ".py:" in name:
     from jaxalign.rewards.user import load_user_reward
     return load_user_reward(name)
-  short, _, where = name.partition(":")
-  if short in PRETRAINED:
-    if not where:
+  short = _pretrained(name)
+  if short:
+    where, load = name[len(short):].removeprefix(":"), registry.resolve(PRETRAINED[short])
+    needed = inspect.signature(load).parameters["where"].default is inspect.Parameter.empty
+    if needed and not where:
       raise UserError(f"reward.names: '{short}' needs its weights: write {short}:WHERE, and see "
                       "docs/rewards.md for what WHERE is")
     try:
-      return registry.resolve(PRETRAINED[short])(where)
+      return load(where)
     except UserError as error:
       raise UserError(f"reward.names: '{short}': {error}") from error
   added = registry.added("reward", REWARDS)
@@ -287,6 +300,12 @@ def find(name: str) -> Reward | HostReward:
                     f"{', '.join(sorted({*REWARDS, *added}))}, NAME:WHERE with one of "
                     f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
   return registry.resolve(REWARDS[name])()
+
+
+def _pretrained(name: str) -> str:
+  """Which of `PRETRAINED` is named, alone or before ":" or "#"; "" if none is."""
+  short = re.match("[^:#]*", name)[0]
+  return short if short in PRETRAINED else ""
 
 
 def _pick(prepared, name):

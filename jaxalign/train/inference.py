@@ -19,7 +19,7 @@ from jaxalign.devices import processes, rng
 from jaxalign.methods import best_of_n
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm, steps
-from jaxalign.train.evaluation import Evaluator, compare, describe
+from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe
 from jaxalign.train.experiment import build
 from jaxalign.train.report import (
   before_and_after,
@@ -81,6 +81,11 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   base = workdir.cached("base", lambda: images_of(search.product(), "base model"))
   base_again = workdir.cached("base_again", lambda: images_of(
       search.fresh(rng.EVAL_FLOOR), "base model, other noise"))
+  raw, exp = exp.reward.weights, calibrated(exp, base)
+  evaluate.adopt(exp)
+  base, base_again = (s.reweighted(raw, exp.reward.weights) for s in (base, base_again))
+  method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
+  search.adopt(exp, method)
   say(f"base model: reward {base.scores['reward'].mean():.4f}, judge "
       f"{base.scores['judge'].mean():.4f}")
 
@@ -136,7 +141,7 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   progress["seconds"] = round(progress["seconds"] + time.monotonic() - begun, 3)
   noise = search.product()
   tuned = images_of(noise, "result")
-  workdir.keep("tuned", tuned)
+  workdir.keep("tuned", tuned.reweighted(exp.reward.weights, raw))     # as the base's is kept
   save_pictures(workdir, f"samples/step_{step:06d}.png", tuned, prompts, cfg)
   rows = spread(len(prompts), cfg.log.grid_prompts)
   before_and_after(workdir, base, tuned, prompts, rows)

@@ -4,7 +4,6 @@ It knows no method by name. Order: workdir, models, base evaluation, state, resu
 evaluation, export, summary.
 """
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import time
@@ -12,7 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxalign import methods, metrics
+from jaxalign import methods
 from jaxalign.config.schema import Config
 from jaxalign.convert import save_pipeline
 from jaxalign.data.pairs import open_pairs
@@ -21,7 +20,7 @@ from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm, steps
-from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
+from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe, exact_tilt
 from jaxalign.train.experiment import build
 from jaxalign.train.pairs import PairTable
 from jaxalign.train.policy import policy_weights
@@ -94,7 +93,11 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   base = workdir.cached("base", lambda: held_out(untouched, "base model, held-out prompts"))
   base_again = workdir.cached("base_again", lambda: held_out(
       untouched, "base model, other noise", stream=rng.EVAL_FLOOR))
-  reward_std = metrics.within_prompt_std(base_watch.scores["reward"])
+  raw, exp = exp.reward.weights, calibrated(exp, base_watch)
+  evaluate.adopt(exp)
+  base_watch, base, base_again = (
+      samples.reweighted(raw, exp.reward.weights) for samples in (base_watch, base, base_again))
+  reward_std = exp.models.reward_std
   if reward_std == 0 and not cfg.reads_pairs:
     raise UserError(f"reward.names={cfg.reward.names}: gives every sample of a prompt the same "
                     "score, so there is nothing to align")
@@ -110,12 +113,11 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   cut = exp.pipeline.cut([*train_prompts, *eval_prompts, *row_prompts])
   if cut:
     say(cut)
-  models = dataclasses.replace(exp.models, reward_std=reward_std)
   table = pairs.shared if pairs else exp.prompt_table(train_prompts)
 
   def prepare(strength):
     weaker = alarm.weakened(cfg, strength)
-    method = methods.make(cfg.method_name, models, weaker.method, weaker.optim)
+    method = methods.make(cfg.method_name, exp.models, weaker.method, weaker.optim)
     return method, Programs(exp, method, table, root, pairs)
   method, programs = prepare(1.0)
   state = programs.init()
@@ -210,7 +212,7 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
     compile_programs()
     step = steps.take(cfg, workdir, checkpoints, progress, step, advance=advance, look=look,
                       content=content,
-                      report=functools.partial(log_step, workdir, cfg.sample.batch))
+                      report=functools.partial(log_step, workdir, exp))
     if not alarm.to_roll_back(cfg, progress):
       break
     go_back()
@@ -223,7 +225,7 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
     if samples.scores["judge"].mean() <= progress["best_judge"]:
       policy, policy_step = best, progress["best_step"]
   tuned = held_out(policy, "tuned model, held-out prompts", path_kl=cfg.eval.path_kl)
-  workdir.keep("tuned", tuned)
+  workdir.keep("tuned", tuned.reweighted(exp.reward.weights, raw))     # as the base's is kept
   if not cfg.eval.every or step % cfg.eval.every:          # else the last look drew them
     save_pictures(workdir, f"samples/step_{step:06d}.png",
                   watch(method.product(state), "last step, watched prompts"), watched, cfg)

@@ -14,7 +14,7 @@ from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
 from jaxalign.reports.page import plain_sentence, write_report
 from jaxalign.reports.reading import Run, read_summary
-from jaxalign.rewards import check_scores
+from jaxalign.rewards import check_scores, mixture
 from jaxalign.storage.files import whole_folder
 from jaxalign.train import alarm
 from jaxalign.train.experiment import Experiment
@@ -25,11 +25,11 @@ def spread(count: int, most: int) -> np.ndarray:
   return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
-def log_step(workdir, size, bar, step, seconds, outcome, look) -> None:
+def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
   """Fetches, checks and logs the numbers of a finished step, and what `look()` adds to them.
 
   Args:
-    size: images or pairs of a batch. outcome: values, rewards `{term: [B]}` and prompts `[B]`.
+    outcome: values, rewards `{term: [B]}` and prompts `[B]`.
   """
   values, terms, prompts = outcome
   values = {name: float(v) for name, v in jax.device_get(values).items()}
@@ -39,6 +39,8 @@ def log_step(workdir, size, bar, step, seconds, outcome, look) -> None:
   terms = {name: check_scores(name, v, prompts) for name, v in terms.items()}
   for name, scores in terms.items():
     values["train/reward" if len(terms) == 1 else f"train/reward/{name}"] = float(scores.mean())
+  if len(terms) > 1:
+    values.update(shares_of(exp, terms, prompts))
   bad = [name for name, value in values.items() if not np.isfinite(value)]
   if bad:
     file = workdir.path / "non_finite.json"
@@ -53,8 +55,16 @@ def log_step(workdir, size, bar, step, seconds, outcome, look) -> None:
            for name in ("train/reward", "train/margin_accuracy") if name in values}
   if "train/path_kl" in values:
     shown["KL"] = f"{values['train/path_kl']:.2f}"
-  shown["img/s"] = f"{step * size / max(seconds, 1e-9):.1f}"
+  shown["img/s"] = f"{step * exp.config.sample.batch / max(seconds, 1e-9):.1f}"
   bar.set_postfix(shown)
+
+
+def shares_of(exp, terms, prompts) -> dict[str, float]:
+  """What each term of a mixture decides: `train/share/NAME`, see `mixture.shares`."""
+  groups = mixture.compared(exp.config.group, np.unique(prompts, return_inverse=True)[1])
+  terms = mixture.comparable(exp.config.reward.normalise, terms, groups)
+  found = mixture.shares(exp.reward.weights, terms, groups)
+  return {f"train/share/{name}": share for name, share in found.items()}
 
 
 def watch_metrics(samples, base) -> dict[str, float]:

@@ -16,6 +16,7 @@ from jaxalign.errors import UserError
 from jaxalign.methods.adjoint_matching import PRESETS as ADJOINT_PRESETS
 from jaxalign.methods.awm import PRESETS as AWM_PRESETS
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
+from jaxalign.methods.das import PRESETS as DAS_PRESETS
 from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.dpok import PRESETS as DPOK_PRESETS
@@ -25,6 +26,7 @@ from jaxalign.methods.flow_grpo import PRESETS as FLOW_GRPO_PRESETS
 from jaxalign.methods.mapo import PRESETS as MAPO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 from jaxalign.methods.nft import PRESETS as NFT_PRESETS
+from jaxalign.methods.svdd import PRESETS as SVDD_PRESETS
 from jaxalign.train.restore import run_config
 from jaxalign.train.workdir import Workdir
 
@@ -34,8 +36,9 @@ THIRTEEN = ("alignprop", "b2_diffurl", "best_of_n", "ddpo", "diff_instruct_pp",
             "diff_instruct_star", "diffusion_dpo", "dno", "draft", "mapo", "nabla_gfn", "refl",
             "sft")
 # Recipes of all sizes, with their presets on the largest.
-OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "dpok": DPOK_PRESETS,
-          "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS, "nft": NFT_PRESETS, "ram": {}}
+OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "das": DAS_PRESETS,
+          "dpok": DPOK_PRESETS, "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS,
+          "nft": NFT_PRESETS, "ram": {}, "svdd": SVDD_PRESETS}
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
