@@ -42,7 +42,7 @@ class Config:
 
   Attributes:
     particles: K of each image; 1 follows the gradient alone.
-    beta: strength of the tilt, in `beta_unit`: "sigma" (divided by the reward's within-prompt
+    beta: strength of the tilt. beta_unit: "sigma" (beta is divided by the reward's within-prompt
       standard deviation on the base model) or "raw".
     temper: how lam_k rises: "exp" (`(1 + gamma)^k - 1`, at most 1), "adaptive" (as far as the
       effective share stays at `ess`, of each image) or "none" (1 throughout).
