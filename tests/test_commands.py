@@ -89,7 +89,8 @@ def test_launch_from_a_process_of_its_own(tmp_path):
       cwd=runs.ROOT, env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
       capture_output=True, text=True, timeout=300)
   assert done.returncode == 2
-  assert done.stderr.strip() == "error: config key train.stpes is unknown (--config.train.stpes=3)"
+  assert done.stderr.strip() == ("error: config key train.stpes is unknown; did you mean "
+                                 "'train.steps'? (--config.train.stpes=3)")
   assert not (tmp_path / "run").exists()
 
 
