@@ -106,7 +106,8 @@ def summary(found: dict) -> list[str]:
 
 def write(root, found: dict, seconds: float) -> None:
   """`docs/atlas.md` and `docs/images/atlas_*.png` under `root`."""
-  for path in PATHS:
+  there = lambda world: [path for path in PATHS if any(key[:2] == (world, path) for key in found)]
+  for path in there("plane"):
     draw(root / "docs" / "images" / f"atlas_{path}.png", found, path)
   reading = pathlib.Path(__file__).with_name("reading.md").read_text()
   missing = [f"{world} on the {NAMES[path]}: {', '.join(names)}" for world in ("plane", "line")
@@ -115,11 +116,11 @@ def write(root, found: dict, seconds: float) -> None:
   text = [reading.format(minutes=f"{seconds / 60:.0f}").strip(), "",
           *(["Not computed yet: " + "; ".join(missing) + ".", ""] if missing else []),
           "## What each converges to", "", *summary(found)]
-  for path, name in NAMES.items():
-    text += ["", f"## The plane on the {name}", "", f"![samples](images/atlas_{path}.png)", "",
+  for path in there("plane"):
+    text += ["", f"## The plane on the {NAMES[path]}", "", f"![samples](images/atlas_{path}.png)", "",
              *table_of_the_plane(found, path)]
-  for path, name in NAMES.items():
-    text += ["", f"## The line on the {name}", "", *table_of_the_line(found, path)]
+  for path in there("line"):
+    text += ["", f"## The line on the {NAMES[path]}", "", *table_of_the_line(found, path)]
   (root / "docs" / "atlas.md").write_text("\n".join(text) + "\n")
 
 
