@@ -117,8 +117,8 @@ def write(root, found: dict, seconds: float) -> None:
           *(["Not computed yet: " + "; ".join(missing) + ".", ""] if missing else []),
           "## What each converges to", "", *summary(found)]
   for path in there("plane"):
-    text += ["", f"## The plane on the {NAMES[path]}", "", f"![samples](images/atlas_{path}.png)", "",
-             *table_of_the_plane(found, path)]
+    text += ["", f"## The plane on the {NAMES[path]}", "",
+             f"![samples](images/atlas_{path}.png)", "", *table_of_the_plane(found, path)]
   for path in there("line"):
     text += ["", f"## The line on the {NAMES[path]}", "", *table_of_the_line(found, path)]
   (root / "docs" / "atlas.md").write_text("\n".join(text) + "\n")
