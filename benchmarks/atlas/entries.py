@@ -31,7 +31,8 @@ ENTRIES = (
           "Without a flow net the reward's gradient at the clean estimate stands for the value's: "
           "right within a mode, and hardly moves mass between modes."),
     Entry("nabla_gfn", dict(RAW, flow=True, reverse="lean"), "tilt given the noise",
-          "The flow net learns what the estimate leaves out.", label="nabla_gfn, flow net"),
+          "The flow net is to learn what the estimate leaves out; at its default rate these few "
+          "updates do not show it.", label="nabla_gfn, flow net"),
     Entry("adjoint_matching", RAW, "tilt given the noise",
           "The value's gradient is carried back through the base's chain; policies whose steps "
           "keep their variance fall short of the tilt by order 1 / steps."),

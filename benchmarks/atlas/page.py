@@ -110,7 +110,7 @@ def write(root, found: dict, seconds: float) -> None:
   for path in there("plane"):
     draw(root / "docs" / "images" / f"atlas_{path}.png", found, path)
   reading = pathlib.Path(__file__).with_name("reading.md").read_text()
-  missing = [f"{world} on the {NAMES[path]}: {', '.join(names)}" for world in ("plane", "line")
+  missing = [f"{world} on the {NAMES[path]}: {' / '.join(names)}" for world in ("plane", "line")
              for path in PATHS if (names := [entry.name for entry in ENTRIES
                                              if (world, path, entry.name) not in found])]
   text = [reading.format(minutes=f"{seconds / 60:.0f}").strip(), "",
