@@ -23,7 +23,7 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 from jaxalign.storage import lock
-from jaxalign.storage.files import sweep, whole
+from jaxalign.storage.files import PARTIAL, sweep, whole
 from jaxalign.train.evaluation import Samples
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.
@@ -60,7 +60,8 @@ class Workdir:
           if self._contents.get(key, digest) != digest:
             raise UserError(f"--workdir={path}: belongs to another run: the contents of {key} have "
                             "changed since; choose another --workdir")
-      elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
+      elif path.exists() and not all(file.name == lock.FILE or file.name.startswith(PARTIAL)
+                                     for file in path.iterdir()):     # of a run killed as it began
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise UserError(f"--workdir={path}: {error}") from error

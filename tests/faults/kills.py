@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, again and again, and end as one that never was.
 
-A seed is a run of a recipe that is killed up to four times, each time in the process that continues
+A seed is a run of a recipe that is killed up to eight times, each time in the process that continues
 it: at a random one of the changes that it makes in its folder, or a moment later, in what it does
 then (a compilation, a step, a look, a write by a thread of its own). Then it goes on to its end, and
 everything that it left is compared with an unbroken run: to the bit.
@@ -9,6 +9,7 @@ Processes are forked from one that has imported everything and run nothing, and 
 cache of the tests lacks: else a kill costs half a minute.
 """
 import collections
+import gc
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import threading
 import time
 import traceback
 
-KILLS = 4
+KILLS = 8
 # Training with looks and an export: on a reward's gradient, on scores of a black box, on pairs;
 # images at inference; pretraining.
 RECIPES = ("nabla_gfn", "ddpo", "mapo", "dno", "pretrain_emoji_vae")
@@ -32,16 +33,18 @@ LONGEST = 3.0          # seconds after a change
 
 
 class Kills:
-  count, limit = 60, 1800.0
+  count, limit = 30, 7200.0
 
   def __init__(self, folder: pathlib.Path):
     self._folder, self.counts, self._unbroken = folder, collections.Counter(), {}
+    import grain  # noqa: F401
     import jax
     from jax._src import xla_bridge
 
     import light  # noqa: F401
     from jaxalign.train import inference, loop  # noqa: F401
     assert not xla_bridge.backends_are_initialized()     # its threads would not be in a fork
+    gc.freeze()                                          # nor copied there for being looked at
     jax.config.update("jax_compilation_cache_dir",
                       str(pathlib.Path(tempfile.gettempdir()) / "jaxalign-test-cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -109,7 +112,7 @@ class Kills:
       since = sum(number <= at for number in numbers[place]) - before.get(place, 0)
       before = {name: sum(number <= at for number in all) for name, all in numbers.items()}
       delay = rnd.choice((0.0, rnd.uniform(0, min(gap, LONGEST))))
-      found.append((place, max(since, 1), delay))
+      found.append((place, rnd.randint(1, max(since, 1)), delay))
     return found
 
   def __call__(self, seed: int) -> str:
@@ -120,9 +123,8 @@ class Kills:
     for moment in self.moments(rnd, changes):
       killed, note = self._process(recipe, run, *moment)
       moments.append((moment, note.get("path")))
-      if not killed:
-        self.counts["without a kill"] += 1
-        continue
+      if not killed:                    # it found less to do, and ended
+        break
       self.counts["kills"] += 1
       self.counts[f"{recipe}: {moment[0]}{' later' if moment[2] else ''}"] += 1
     self._process(recipe, run)
