@@ -22,8 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 FILE = pathlib.Path(__file__).with_suffix(".json")
 PROMPTS = ["a taco on a blue background", "two cats, naïve ones!"]
 STEPS = 6
-# A quarter of the default run: four times the warm-up, so that the reward has risen by then.
-TRAINING = ["--config=configs/nabla_gfn.py", "--config.train.steps=16", "--config.eval.every=0",
+# The warm-up of the default run, and three steps in which the policy moves away from the base.
+TRAINING = ["--config=configs/nabla_gfn.py", "--config.train.steps=8", "--config.eval.every=0",
+            "--config.eval.prompts=8", "--config.eval.samples=4", "--config.eval.watch_prompts=2",
+            "--config.eval.watch_samples=2", "--config.eval.path_kl=False",
             "--config.log.tensorboard=False"]
 
 
