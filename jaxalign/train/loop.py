@@ -19,6 +19,7 @@ from jaxalign.data.pairs import open_pairs
 from jaxalign.data.prompts import draw_prompts, read_prompts
 from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
+from jaxalign.rewards import keep_answers
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import steps
 from jaxalign.train.evaluation import Evaluator, compare, describe, exact_tilt
@@ -73,6 +74,7 @@ def _run(cfg, path, devices, stack) -> dict:
   # Made only now, so that a config that is refused leaves no folder behind.
   workdir.create()
   stack.callback(workdir.close)
+  keep_answers(exp.reward, workdir.path)
   say(f"{cfg.recipe}: {len(train_prompts)} training prompts, {len(eval_prompts)} held-out ones; "
       f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
   evaluate = Evaluator(exp)
