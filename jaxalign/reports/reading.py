@@ -118,7 +118,7 @@ def read_run(folder: pathlib.Path) -> Run:
     before = watched if watched and not summary else _pictures(folder, "base")
     if before is None or after is None or before.images.shape != after.images.shape:
       before = after = None
-    return Run(folder, folder.resolve().name, recipe, config, recipes.changed(config),
+    return Run(folder, folder.absolute().name, recipe, config, recipes.changed(config),
                record.get("environment", {}), _rows(folder / "metrics.jsonl"), summary, before,
                after, _prompts(folder, record, not summary, before),
                watched and metrics.pairwise_diversity(watched.features)["mean"])

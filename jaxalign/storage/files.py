@@ -71,6 +71,13 @@ def whole_folder(path, removed=(), last: str = ""):
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def share(path: pathlib.Path) -> None:
+  """Gives a file the mode that new ones have here: safetensors writes for the owner alone."""
+  mask = os.umask(0)
+  os.umask(mask)
+  os.chmod(path, 0o666 & ~mask)
+
+
 def sweep(folder: pathlib.Path) -> None:
   """Deletes what killed processes have left below a folder that is this process's alone."""
   for left in [*folder.rglob(f"{PARTIAL}*")]:

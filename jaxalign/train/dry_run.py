@@ -52,9 +52,10 @@ def describe(cfg: Config, devices=None) -> str:
   cut = exp.pipeline.cut(prompts + held_out + list(pairs.captions if pairs else ()))
   lines += [cut, ""] if cut else [""]
   lines += _sizes(exp, state, at_inference)
-  lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}; "
-            f"{exp.pipeline.denoiser_name} parameters by partition:"]
-  lines += sharding.sharding_table(models.frozen["base"]["params"], exp.mesh)
+  lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}"]
+  if exp.mesh.size > 1:                              # on one device nothing is split
+    lines[-1] += f"; {exp.pipeline.denoiser_name} parameters by partition:"
+    lines += sharding.sharding_table(models.frozen["base"]["params"], exp.mesh)
 
   cond = jax.tree.map(lambda a: a[:1], exp.embed([""]))
   x = jnp.zeros((1,) + models.latent_shape)

@@ -75,12 +75,13 @@ class WeightsAndBiases:
 
 
 class MLflow:
-  """A run of the experiment `jaxalign`, in the store of MLFLOW_TRACKING_URI or `WHERE/mlflow`."""
+  """A run of the experiment `jaxalign`, where MLFLOW_TRACKING_URI says or in `WHERE/mlflow.db`."""
 
   def __init__(self, folder: pathlib.Path, config: dict, step: int):
     del step
     from mlflow import MlflowClient
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or (
+        f"sqlite:///{(folder / 'mlflow.db').resolve()}")
     self._client = MlflowClient(tracking_uri=uri)
     found = self._client.get_experiment_by_name(PROJECT)
     experiment = found.experiment_id if found else self._client.create_experiment(PROJECT)

@@ -32,7 +32,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collection
 
 # What a run leaves that has not taken a step.
 BEFORE_STEPS = ("config.json", "metrics.jsonl", "evaluations", "samples", "tensorboard",
-                "wandb", "mlflow", "trackio",
+                "wandb", "mlflow.db", "trackio",
                 "checkpoints", "sound", "pairs.npy", "pairs_origin.npy")
 
 

@@ -43,7 +43,7 @@ def in_process(code, folder, **env):
 
 
 def test_wandb_offline(tmp_path):
-  pytest.importorskip("wandb")
+  pytest.importorskip("wandb", exc_type=ImportError)
   in_process("write(folder / 'run', 'wandb')", tmp_path)
   names = [p.name for p in (tmp_path / "run" / "wandb").iterdir() if p.name.startswith("offline")]
   assert len(names) == 2 and len({name.rpartition("-")[2] for name in names}) == 1  # one run's id
@@ -52,11 +52,12 @@ def test_wandb_offline(tmp_path):
 
 
 def test_mlflow(tmp_path):
-  pytest.importorskip("mlflow")
+  pytest.importorskip("mlflow", exc_type=ImportError)
+  pytest.importorskip("sqlalchemy")                      # mlflow-skinny has none
   out = in_process("""
 write(folder / "run", "mlflow")
 from mlflow import MlflowClient
-client = MlflowClient(tracking_uri=(folder / "run" / "mlflow").resolve().as_uri())
+client = MlflowClient(tracking_uri=f"sqlite:///{(folder / 'run' / 'mlflow.db').resolve()}")
 found = client.search_runs([client.get_experiment_by_name("jaxalign").experiment_id])
 assert len(found) == 1, found
 run = found[0]
@@ -69,7 +70,7 @@ print(json.dumps([[(m.step, m.value) for m in history], run.data.params["seed"],
 
 
 def test_trackio(tmp_path):
-  pytest.importorskip("trackio")
+  pytest.importorskip("trackio", exc_type=ImportError)
   in_process("write(folder / 'run', 'trackio')", tmp_path)
   files = [p for p in (tmp_path / "run" / "trackio").rglob("*") if p.is_file()]
   content = b"".join(p.read_bytes() for p in files)
@@ -79,7 +80,7 @@ def test_trackio(tmp_path):
 def test_tensorboard(tmp_path):
   write(tmp_path / "run", "tensorboard")
   files = list((tmp_path / "run" / "tensorboard").iterdir())
-  assert len(files) == 2 and b"train/reward" in files[0].read_bytes()
+  assert b"train/reward" in b"".join(file.read_bytes() for file in files)
 
 
 def test_credentials_are_in_no_config_that_a_service_gets(tmp_path, monkeypatch):
