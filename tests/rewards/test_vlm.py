@@ -1,5 +1,6 @@
 """A judge behind the chat API, asked of servers in this process."""
 import json
+import shutil
 import time
 
 import numpy as np
@@ -265,7 +266,11 @@ def test_a_resumed_run_asks_nothing_twice(server):
   asked = len(server.requests)
   files = list((whole / answers.FOLDER).glob("*.jsonl"))
   assert sum(len(f.read_text().splitlines()) for f in files) == asked > 0
-  (whole / "summary.json").unlink()                # as if it had been killed before its end
+  (whole / "summary.json").unlink()                # as if it had been killed before its first save
+  shutil.rmtree(whole / "checkpoints")
   (whole / "evaluations" / "tuned.npz").unlink()
   runs.run("vlm_whole", train__steps=2, **options)
   assert len(server.requests) == asked
+  rewards = [[line["train/reward"] for line in runs.metrics(whole)], [
+      line["train/reward"] for line in lines]]
+  assert rewards[0] == rewards[1]
