@@ -84,8 +84,8 @@ class Client:
     urls: where the questions go.
     secrets: what may not be in messages either.
     timeout: seconds until an answer must be there as a whole. retries: of a question, after a
-      failure. parallel: requests under way at a time, for each server.
-    key: sent as a bearer token.
+      failure while no other server was well. parallel: requests under way at a time, for each
+      server. key: sent as a bearer token.
   Raises:
     UserError: one of them is no URL.
   """
@@ -152,13 +152,14 @@ class Client:
         try:
           answers[i] = await self._answer(server, questions[i])
         except Again as again:
-          if tried == self._retries:
+          elsewhere = any(other.well.is_set() for other in self._servers if other is not server)
+          if tried == self._retries and not elsewhere:
             where = f"{server.shown}: " if len(self._servers) > 1 else ""
             raise self.fault(f"{where}{again}", again.error) from again
           server.failures += first or server.well.is_set()
           server.well.clear()
           server.due = time.monotonic() + min(max(again.pause, 0.1 * 2 ** server.failures), PAUSE)
-          waiting.put_nowait((i, tried + 1))
+          waiting.put_nowait((i, tried + (not elsewhere)))
         else:
           server.failures = 0
           server.well.set()

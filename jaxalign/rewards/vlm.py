@@ -119,8 +119,9 @@ class Judge:
       key = _key(self.settings.key, urls)
     except UserError as error:
       raise UserError(f"{where}: '{label}': {error}") from error
-    self.client = Client(name, urls, secrets(name), timeout=self.settings.timeout,
-                         retries=self.settings.retries, parallel=self.settings.parallel, key=key, where=where)
+    self.client = Client(
+        name, urls, secrets(name), timeout=self.settings.timeout, retries=self.settings.retries,
+        parallel=self.settings.parallel, key=key, where=where)
     self.top, self._said = 0, set()          # the index of `_TOP` that the servers let through
     self._answers, self._unparsable = Answers(), []
     self.total = self.unparsable = 0
@@ -353,7 +354,7 @@ def spoken(text: str, values: dict[str, float]) -> float | None:
 
 def plain(text: str) -> str:
   """A spelling without case, blanks and punctuation around it."""
-  return unicodedata.normalize("NFKC", text).casefold().strip(_AROUND)
+  return unicodedata.normalize("NFKC", text).strip(_AROUND).casefold()
 
 
 def read_answers(text: str) -> dict[str, float]:
