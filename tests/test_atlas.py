@@ -71,16 +71,18 @@ def test_every_method_is_in_the_atlas():
 def test_claims_are_proved_by_the_rows():
   """Every cell of the first table follows from the tables below it, by the page's own rules."""
   text = PAGE.read_text()
+  assert len(table(f"The plane on the {page.NAMES['vp']}")) > 12
   for entry in ENTRIES:
     row, = (r for r in text.split("## The plane")[0].splitlines()
             if r.startswith(f"| {entry.name} | "))
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
     assert cells[1] == entry.limit and cells[6] == entry.sentence
     for i, name in enumerate(page.NAMES.values()):
-      rows = [page.read_row(cells) for cells in table(f"The plane on the {name}")[entry.name]]
-      assert cells[2 + i] == page.verdict(page.holds_on_the_plane(entry, rows))
-      told = table(f"The line on the {name}")[entry.name][0]
-      assert cells[4 + i] == told[-1]
+      told = table(f"The plane on the {name}").get(entry.name)
+      rows = [page.read_row(row) for row in told or []]
+      assert cells[2 + i] == page.verdict(page.holds_on_the_plane(entry, rows) if rows else None)
+      told = table(f"The line on the {name}").get(entry.name)
+      assert cells[4 + i] == (told[0][-1] if told else "-")
 
 
 @pytest.mark.parametrize("path", PATHS)

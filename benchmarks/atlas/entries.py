@@ -16,8 +16,9 @@ ENTRIES = (
     Entry("svdd", dict(RAW, candidates=8), "another law",
           "Softmax of the clean estimate's reward without weights: near the tilt, and off where "
           "the estimate misleads.", updates=0),
-    Entry("svdd", dict(RAW, candidates=8, select="argmax"), "mode",
-          "The best at every step, whatever the strength.", updates=0, label="svdd, argmax"),
+    Entry("svdd", dict(RAW, candidates=8, select="argmax"), "another law",
+          "The best at every step, whatever the strength: far up, and masses as they were.",
+          updates=0, label="svdd, argmax"),
     Entry("best_of_n", {}, "another law",
           "Of N samples the best: N is the only strength, and the law has the shape of no tilt.",
           strength="candidates", updates=2),
