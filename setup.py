@@ -27,7 +27,7 @@ setuptools.setup(
         "jax>=0.8",                    # arrays, compilation, sharding
         "ml_collections>=1.0",         # recipes and their command-line overrides
         "numpy>=2.0",                  # host arrays; 2 is what jax 0.8 asks for
-        "optax>=0.2.4",                # optimisers
+        "optax>=0.2.5",                # optimisers; older: no `partition`
         "orbax-checkpoint>=0.11.22",   # atomic, asynchronous checkpoints; older: other metadata
         "pillow>=10.3",                # PNG pictures, JPEG rewards
         "pyarrow>=16",                 # Parquet files of preference pairs
