@@ -11,7 +11,7 @@ Arguments after a colon, separated by commas:
            and --config.reward.names
   sd35     Stable Diffusion 3.5 medium at 512 px, four particles, 28 memoryless steps; not measured.
            Give the same
-  release  method preset, see docs/methods/fk_steering.md
+  release  method preset, see docs/methods/particles.md
 """
 from jaxalign.config import recipes
 from jaxalign.methods.fk_steering import PRESETS
@@ -22,25 +22,10 @@ def get_config(arg="emoji"):
   config = recipes.default("fk_steering", "fk_steering:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
-  config.train.patience = 0                     # the judge is reported, and stops nothing
-  config.eval.every = 0
+  recipes.make_particles(config, size)
   if size == "emoji":
-    config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
-    config.reward.names = ("emoji_style",)
     config.method.particles = 8
-    config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
   elif size in recipes.SMOKE:
-    recipes.make_smoke(config, size)
     config.method.points = 2                    # of its four steps
-  else:
-    config.model.path = ""                      # --config.model.path=DIR
-    config.model.dtype = "bfloat16"
-    config.data.eval_prompts = "jaxalign:animals_train"
-    config.sample.batch, config.sample.steps, config.sample.guidance = 1, 50, 5.0
-    if size == "sd35":
-      recipes.make_sd35(config)
-      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 1.0, 28
-      config.sample.spacing, config.sample.final = "linspace", "noisy"
-    config.eval.prompts, config.eval.samples, config.eval.batch = 45, 2, 2
   config.train.steps = config.train.checkpoint_every = config.method.points + 1
   return config

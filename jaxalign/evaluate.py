@@ -22,8 +22,9 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.storage.files import whole
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build
-from jaxalign.train.opening import open_pipeline, own_sampler
+from jaxalign.train.opening import model_path, open_pipeline, own_sampler
 from jaxalign.train.policy import merged, starting_adapter
+from jaxalign.train.report import results_table
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
@@ -53,7 +54,7 @@ def main(argv) -> None:
   del argv
   callbacks.be_patient()                         # a reward may be PyTorch
   sharding.use_cores()
-  checkpoint, output = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
+  checkpoint, output = model_path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
   prompts = read_prompts("--prompts", _PROMPTS.value)
   _check_output(output)
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
@@ -91,13 +92,15 @@ def main(argv) -> None:
     again = draw(start, "base, other noise", stream=rng.EVAL_FLOOR)
     now = draw(tuned, "tuned", path_kl=cfg.eval.path_kl)
     result = {"base": describe(first), "tuned": compare(now, first, again)}
+  print(results_table(result.get("base"), result["tuned"]))
   text = json.dumps(result, indent=2)
-  print(text)                                # first: what took so long is not lost with a full disk
   try:
     with whole(output) as file:
       file.write_text(text + "\n")
   except OSError as error:
+    print(text)                              # what took so long is not lost with a full disk
     raise UserError(f"--output={output}: {error}") from error
+  print(f"all numbers in {output}")
 
 
 def _adapted(cfg: schema.Config) -> tuple[Pipeline, Pipeline]:

@@ -6,12 +6,12 @@ Writes the tuned model, adapters merged, so that the PyTorch class of diffusers 
 `load_lora_weights` of a PyTorch pipeline of the base model, with `--names=kohya` for ComfyUI, A1111
 and kohya's trainers.
 """
-import pathlib
 import sys
 
 from jaxalign.config.command import Flags, run_command
 from jaxalign.convert import save_adapter, save_pipeline
 from jaxalign.errors import UserError
+from jaxalign.train.opening import model_path
 from jaxalign.train.restore import load_adapters_of, load_tuned
 
 _FLAGS = Flags()
@@ -28,7 +28,7 @@ _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloa
 
 def main(argv) -> None:
   del argv
-  checkpoint, lora = pathlib.Path(_CHECKPOINT.value), _FORMAT.value == "lora"
+  checkpoint, lora = model_path(_CHECKPOINT.value), _FORMAT.value == "lora"
   try:
     if lora:
       adapters, denoiser = load_adapters_of(checkpoint)

@@ -17,7 +17,7 @@ from flax import traverse_util
 from jaxalign.convert import lora_names, names, weights
 from jaxalign.convert.tensors import PICKLES, check_finite, look, read_safetensors, refused
 from jaxalign.errors import UserError
-from jaxalign.storage.files import whole
+from jaxalign.storage.files import share, whole
 
 FILE = "pytorch_lora_weights.safetensors"    # what `load_lora_weights` looks for in a folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -69,6 +69,7 @@ def save_adapter(lora, folder, denoiser: str = "unet", *, text_encoders=None,
   folder.mkdir(parents=True, exist_ok=True)
   with whole(folder / FILE) as file:
     safetensors.numpy.save_file(tensors, file, metadata=metadata)
+    share(file)
   return folder / FILE
 
 

@@ -26,10 +26,9 @@ import numpy as np
 
 from jaxalign.config.fields import Count, NonNegative, Range, check
 from jaxalign.config.schema import OptimConfig
-from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.methods import Method, Models
-from jaxalign.methods.shared.noise import draw
+from jaxalign.methods.shared import particles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Config:
 
   Attributes:
     particles: K of each image; 1 is the base model.
-    beta: strength of the tilt, in `beta_unit`: "sigma" (divided by the reward's within-prompt
+    beta: strength of the tilt. beta_unit: "sigma" (beta is divided by the reward's within-prompt
       standard deviation on the base model) or "raw".
     potential: what a point adds to log w: "diff" (`beta (r - r before)`), or "max", "sum" (beta
       times the highest r so far, their sum) or "plain" (`beta r`), after which the output's part
@@ -89,19 +88,6 @@ def bounds(cfg: Config, steps: int) -> np.ndarray:
   return np.concatenate([[0], points, [steps]]).astype(np.int32)
 
 
-def systematic(log_weight, u):
-  """Indices `[B, K]` of systematic resampling: each particle K W times, rounded up or down.
-
-  Args:
-    log_weight: `[B, K]`, not normalised. u: `[B]` uniform in [0, 1).
-  """
-  count = log_weight.shape[1]
-  total = jnp.cumsum(jax.nn.softmax(log_weight, 1), 1).at[:, -1].set(1.0)
-  places = (u[:, None] + jnp.arange(count)[None]) / count
-  index = jax.vmap(lambda t, p: jnp.searchsorted(t, p, side="right"))(total, places)
-  return jnp.minimum(index, count - 1)
-
-
 def increment(cfg: Config, gain, carry, spent, at_end):
   """What a point adds to log w, and the potential's new `carry`; all `[B, K]`.
 
@@ -120,11 +106,7 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
   """FK steering as a Method at inference: a point of each image per update."""
   steps, count = models.sampler.steps, cfg.particles
   edges = jnp.asarray(bounds(cfg, steps))
-  beta = cfg.beta / models.reward_std if cfg.beta_unit == "sigma" else cfg.beta
-  flat = lambda a: a.reshape((-1,) + a.shape[2:])
-  apart = lambda a: a.reshape((-1, count) + a.shape[1:])
-  pick = lambda a, index: jnp.take_along_axis(
-      a, index.reshape(index.shape + (1,) * (a.ndim - 2)), axis=1)
+  beta = particles.strength(models, cfg)
 
   def segment(state):
     stage = jnp.minimum(state["updates"], cfg.points)
@@ -132,69 +114,44 @@ def make(models: Models, cfg: Config, optim: OptimConfig) -> Method:
     return jnp.where(done, steps, edges[stage]), edges[stage + 1], done
 
   def init(key, frozen, batch):
-    noise = jnp.stack([draw(models, jax.random.fold_in(key, i) if i else key, batch["sample_ids"])
-                       for i in range(count)], 1)                          # [B, K, 1+T, ...]
-    size = noise.shape[0]
-    each = jnp.zeros((size, count))
+    state = particles.begin(models, key, batch, count)
+    each = jnp.zeros_like(state["log_w"])
     start = jnp.full_like(each, -jnp.inf) if cfg.potential == "max" else each
-    return {"noise": noise, "x": models.sampler.input_scale * noise[:, :, 0], "log_w": each,
-            "carry": start, "spent": each, "log_z": jnp.zeros(size), "best": noise[:, 0],
-            "best_reward": jnp.full(size, -jnp.inf, jnp.float32),
-            "best_step": jnp.zeros(size, jnp.int32),
-            "updates": jnp.asarray(0, jnp.int32)}
+    return {**state, "carry": start, "spent": each}
 
   def collect(state, frozen, batch, key):
     start, stop, _ = segment(state)
-    rows = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), batch)
-    x = models.rollout(None, frozen, rows, key, x_init=flat(state["x"]), start=start, stop=stop,
-                       noise=jnp.moveaxis(flat(state["noise"])[:, 1:], 1, 0)).latents[stop]
+    rows = particles.repeated(batch, count)
+    noise = jnp.moveaxis(particles.together(state["noise"])[:, 1:], 1, 0)
+    x = models.rollout(None, frozen, rows, key, x_init=particles.together(state["x"]), start=start,
+                       stop=stop, noise=noise).latents[stop]
 
     def clean(x):
       t = models.sampler.at("timesteps", jnp.minimum(stop, steps - 1))
       return models.schedule.to_x0(models.output(None, frozen, x, t, rows["conditioning"]), x, t)
     images = models.decode(frozen["decoder"], jax.lax.cond(stop < steps, clean, lambda x: x, x))
-    return {"batch": batch, "images": images, "x": apart(x)}
+    return {"batch": batch, "images": images, "x": particles.apart(x, count)}
 
   def update(state, frozen, experience, rewards, key):
     _, stop, done = segment(state)
     at_end = stop == steps
-    rewards = apart(rewards)
-    rewards = jnp.where(jnp.isnan(rewards), -jnp.inf, rewards)
+    keys = particles.keys_of(key, experience["batch"])
+    rewards = particles.numbers(rewards, count)
     added, carry = increment(cfg, beta * rewards, state["carry"], state["spent"], at_end)
     added = jnp.where(jnp.isnan(added), -jnp.inf, added)             # of a particle dead before
-    log_w = state["log_w"] + added
-    dead = jnp.all(jnp.isneginf(log_w), 1, keepdims=True)            # none left: go on as it was
-    log_w = jnp.where(dead, 0.0, log_w)
-    share = jax.nn.softmax(log_w, 1)
-    ess = 1 / (count * jnp.square(share).sum(1))
-
-    keys = rng.per_sample(key, experience["batch"]["sample_ids"])
-    u = jax.vmap(lambda k: jax.random.uniform(k))(keys)
-    resampled = ~at_end & (ess < cfg.ess)
-    index = jnp.where(resampled[:, None], systematic(log_w, u), jnp.arange(count)[None])
-    # What was drawn up to here is the lineage's; from here on each place has its own noise.
-    past = (jnp.arange(steps + 1) <= stop).reshape((1, 1, -1) + (1,) * (state["noise"].ndim - 3))
-    noise = jnp.where(past, pick(state["noise"], index), state["noise"])
-    log_z = state["log_z"] + jnp.where(
-        resampled | at_end, jax.nn.logsumexp(log_w, 1) - jnp.log(count), 0.0)
-    at = {"x": experience["x"], "carry": carry, "spent": state["spent"] + added, "reward": rewards}
-    at = {name: pick(value, index) for name, value in at.items()}
-    log_w = jnp.where(resampled[:, None], 0.0, log_w)
-
-    # By weight at the end; before it, the best so far, whose later noise is yet to be seen.
-    drawn = jax.vmap(lambda k, w: jax.random.categorical(jax.random.fold_in(k, 1), w))(keys, log_w)
-    best = at["reward"].argmax(1)
-    chosen = jnp.where(at_end, drawn, best) if cfg.output == "draw" else best
-    one = lambda a: pick(a, chosen[:, None])[:, 0]
-    new = {"noise": noise, "x": at["x"], "log_w": log_w, "carry": at["carry"],
-           "spent": at["spent"], "log_z": log_z, "best": one(noise),
-           "best_reward": one(at["reward"]),
-           "best_step": jnp.full(chosen.shape, state["updates"], jnp.int32)}
-    kept = {name: jnp.where(done, state[name], value) for name, value in new.items()}
-    return {**kept, "updates": state["updates"] + 1}, {
-        "train/reward": jnp.where(share > 0, share * rewards, 0.0).sum(1),
-        "train/best_reward": kept["best_reward"],
-        "train/ess": ess, "train/log_z": kept["log_z"]}
+    found = particles.weigh(state["log_w"] + added, cfg.ess, at_end, keys)
+    # Dead ones have spent nothing: where a whole group was, it goes on.
+    spent = state["spent"] + jnp.where(jnp.isneginf(added), 0.0, added)
+    at = {"x": experience["x"], "carry": carry, "spent": spent, "reward": rewards}
+    at = {name: particles.pick(value, found.index) for name, value in at.items()}
+    reward = at.pop("reward")
+    chosen = particles.winner(cfg.output, found.log_w, reward, at_end, keys)
+    state = particles.advance(state, done, chosen, reward, {
+        **at, "log_w": found.log_w, "log_z": state["log_z"] + found.log_z,
+        "noise": particles.inherit(state["noise"], found.index, stop)})
+    return state, {"train/reward": particles.mean_reward(found.share, rewards),
+                   "train/best_reward": state["best_reward"],
+                   "train/ess": found.ess, "train/log_z": state["log_z"]}
 
   return Method(init=init, collect=collect, update=update, product=lambda state: state["best"],
                 cost=lambda batch: cost(models, cfg, batch))

@@ -71,13 +71,21 @@ def whole_folder(path, removed=(), last: str = ""):
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def share(path: pathlib.Path) -> None:
+  """Gives a file the mode that new ones have here: safetensors writes for the owner alone."""
+  mask = os.umask(0)
+  os.umask(mask)
+  os.chmod(path, 0o666 & ~mask)
+
+
 def sweep(folder: pathlib.Path) -> None:
   """Deletes what killed processes have left below a folder that is this process's alone."""
   for left in [*folder.rglob(f"{PARTIAL}*")]:
-    _delete(left)
+    delete(left)
 
 
-def _delete(left: pathlib.Path) -> None:
+def delete(left: pathlib.Path) -> None:
+  """Deletes a file or a folder with all in it, if it is there."""
   if left.is_dir():
     shutil.rmtree(left, ignore_errors=True)
   else:
@@ -88,7 +96,7 @@ def _begin(path: pathlib.Path) -> pathlib.Path:
   """This process's own name beside `path`, where what others left for that name is deleted."""
   for left in path.parent.glob(f"{PARTIAL}*.{glob.escape(path.name)}"):
     if _abandoned(left, path.name):
-      _delete(left)
+      delete(left)
   return path.with_name(f"{PARTIAL}{platform.node()}.{os.getpid()}.{path.name}")
 
 

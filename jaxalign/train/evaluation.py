@@ -8,7 +8,7 @@ import numpy as np
 from jaxalign import metrics
 from jaxalign.devices import callbacks, memory, processes, rng
 from jaxalign.errors import UserError
-from jaxalign.rewards import Reward, check_scores, find, weighted_sum
+from jaxalign.rewards import Reward, check_scores, find, mixture, reweighted, weighted_sum
 from jaxalign.train.experiment import Experiment, gather
 
 DIVERSITY = {"diversity": metrics.pairwise_diversity, "vendi": metrics.vendi_score}
@@ -35,11 +35,44 @@ class Samples:
     out.update({f"scores/{name}": value for name, value in self.scores.items()})
     return out if self.path_kl is None else {**out, "path_kl": self.path_kl}
 
+  def terms(self, weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Raw scores `[P, K]` of the terms of "reward", which has these weights."""
+    several = {name: self.scores[f"reward/{name}"] for name in weights if len(weights) > 1}
+    return several or {name: self.scores["reward"] / (w or 1.0) for name, w in weights.items()}
+
+  def reweighted(self, old: dict[str, float], new: dict[str, float]) -> "Samples":
+    """The same samples, whose "reward" has other weights."""
+    if old == new:
+      return self
+    reward = weighted_sum(new, self.terms(old))
+    return dataclasses.replace(self, scores={**self.scores, "reward": reward})
+
   @classmethod
   def from_arrays(cls, arrays) -> "Samples":
     scores = {k.removeprefix("scores/"): arrays[k] for k in arrays if k.startswith("scores/")}
     return cls(arrays["images"], scores, arrays["features"],
                arrays["path_kl"] if "path_kl" in arrays else None)
+
+
+def calibrated(exp: Experiment, base: Samples) -> Experiment:
+  """`exp` with the reward that `reward.normalise` asks for, and `models.reward_std`.
+
+  Both are measured on samples of the base model; the latter is in the unit of what methods are
+  given.
+  """
+  cfg, reward, models = exp.config.reward, exp.reward, exp.models
+  terms = base.terms(reward.weights)
+  if cfg.normalise == "std":
+    reward = reweighted(reward, mixture.even_weights(reward.weights, terms))
+    if models.score is not None:
+      models = dataclasses.replace(models, score=reward.score)
+  shape = base.scores["reward"].shape
+  prompts = np.repeat(np.arange(shape[0]), shape[1])
+  flat = {name: scores.reshape(-1) for name, scores in terms.items()}
+  given = weighted_sum(reward.weights, mixture.comparable(
+      cfg.normalise, flat, mixture.compared(exp.config.group, prompts))).reshape(shape)
+  models = dataclasses.replace(models, reward_std=metrics.within_prompt_std(given))
+  return dataclasses.replace(exp, reward=reward, models=models)
 
 
 class Evaluator:
@@ -51,6 +84,10 @@ class Evaluator:
     self._tables = {}            # the same few prompt sets are evaluated again and again
     self._sample = jax.jit(self._sample_batch)
     self._path_kl = jax.jit(self._path_kl_batch)
+
+  def adopt(self, exp: Experiment) -> None:
+    """Goes on with `exp`, which differs in the weights of its reward only: no new program."""
+    self._exp = exp
 
   def _sample_batch(self, policy, frozen, judge_params, batch, key):
     exp, models = self._exp, self._exp.models

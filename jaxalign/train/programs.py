@@ -7,7 +7,7 @@ import optax
 
 from jaxalign import methods
 from jaxalign.devices import callbacks, processes, rng, sharding
-from jaxalign.rewards import HostReward, weighted_sum
+from jaxalign.rewards import HostReward, mixture, weighted_sum
 from jaxalign.train.experiment import Experiment, gather, placed_shapes
 from jaxalign.train.pairs import PairTable
 
@@ -116,7 +116,9 @@ class Programs:
     if isinstance(reward, HostReward):
       scored = processes.by_rows(reward.terms, processes.fetch(scored),
                                  [prompts[i] for i in ids])
-    rewards = processes.put(weighted_sum(reward.weights, scored), self._batch)
+    terms = mixture.comparable(
+        self._exp.config.reward.normalise, scored, mixture.compared(self._exp.config.group, ids))
+    rewards = processes.put(weighted_sum(reward.weights, terms), self._batch)
     return experience, scored, rewards
 
   def update(self, state, experience, rewards, step: int):

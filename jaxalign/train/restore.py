@@ -8,15 +8,16 @@ import numpy as np
 
 from jaxalign import methods
 from jaxalign.config import recipes, schema
+from jaxalign.config.nearest import suggestion
 from jaxalign.convert import load_pipeline
-from jaxalign.data.prompts import read_prompts
+from jaxalign.data.prompts import some_prompt
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.reports.reading import read_summary
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
 from jaxalign.train.policy import adapters_of, policy_weights
-from jaxalign.train.report import read_summary
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
@@ -39,7 +40,8 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
     UserError: the directory is none of these, or damaged.
   """
   if not checkpoint.exists():
-    raise UserError(f"--checkpoint={checkpoint}: no such file or directory")
+    near = suggestion(str(checkpoint), map(str, checkpoint.parent.glob("*")))
+    raise UserError(f"--checkpoint={checkpoint}: no such file or directory{near}")
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")
@@ -88,7 +90,7 @@ def _policy(checkpoint: pathlib.Path, cfg: schema.Config):
   # On one device, whatever the run itself has.
   cfg = dataclasses.replace(cfg, mesh=schema.MeshConfig(1))
   exp = build(cfg, jax.devices()[:1])
-  table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
+  table = exp.prompt_table(some_prompt(cfg.data.prompts, cfg.data.eval_prompts)[:1])
   zeros = np.zeros(cfg.sample.batch, np.int32)
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   key = rng.stream(jax.random.key(cfg.seed), rng.INIT)

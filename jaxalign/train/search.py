@@ -40,6 +40,10 @@ class Search:
     self.state = self._init()
     self._step = self._collect = self._update = None
 
+  def adopt(self, exp: Experiment, method: methods.Method) -> None:
+    """Goes on with a method that knows the reward's spread, before anything is compiled."""
+    self._exp, self._method = exp, method
+
   def _init(self):
     key = rng.stream(self._root, rng.EVAL)
     make = lambda frozen, batch: self._method.init(key, frozen, batch)
@@ -152,4 +156,4 @@ def means(metrics: list[dict], total: int, step: int) -> dict[str, float]:
     raise UserError(f"step {step}: the reward of every image is not a finite number; lower "
                     "optim.lr in another --workdir")
   return {**{name: float(value.mean()) for name, value in finite.items() if value.size},
-          **callbacks.seconds()}
+          **callbacks.numbers()}

@@ -16,6 +16,7 @@ from jaxalign.errors import UserError
 from jaxalign.methods.adjoint_matching import PRESETS as ADJOINT_PRESETS
 from jaxalign.methods.awm import PRESETS as AWM_PRESETS
 from jaxalign.methods.b2_diffurl import PRESETS as B2_PRESETS
+from jaxalign.methods.das import PRESETS as DAS_PRESETS
 from jaxalign.methods.diff_instruct_star import PRESETS as DI_PRESETS
 from jaxalign.methods.dno import PRESETS as DNO_PRESETS
 from jaxalign.methods.dpok import PRESETS as DPOK_PRESETS
@@ -25,6 +26,7 @@ from jaxalign.methods.flow_grpo import PRESETS as FLOW_GRPO_PRESETS
 from jaxalign.methods.mapo import PRESETS as MAPO_PRESETS
 from jaxalign.methods.nabla_gfn import PRESETS
 from jaxalign.methods.nft import PRESETS as NFT_PRESETS
+from jaxalign.methods.svdd import PRESETS as SVDD_PRESETS
 from jaxalign.train.restore import run_config
 from jaxalign.train.workdir import Workdir
 
@@ -34,8 +36,9 @@ THIRTEEN = ("alignprop", "b2_diffurl", "best_of_n", "ddpo", "diff_instruct_pp",
             "diff_instruct_star", "diffusion_dpo", "dno", "draft", "mapo", "nabla_gfn", "refl",
             "sft")
 # Recipes of all sizes, with their presets on the largest.
-OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "dpok": DPOK_PRESETS,
-          "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS, "nft": NFT_PRESETS, "ram": {}}
+OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "das": DAS_PRESETS,
+          "dpok": DPOK_PRESETS, "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS,
+          "nft": NFT_PRESETS, "ram": {}, "svdd": SVDD_PRESETS}
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
@@ -156,7 +159,7 @@ def changed(path, value):
 
 @pytest.mark.parametrize("path, value, message", [
     ("trian", {}, "config key trian is unknown"),
-    ("train.stpes", 3, r"train\.stpes is unknown; train has .*steps"),
+    ("train.stpes", 3, r"train\.stpes is unknown; did you mean 'train\.steps'\?; "),
     ("method.betta", 3.0, r"method\.betta is unknown"),
     ("train", None, "config key train is missing"),
     ("train.steps", None, r"train\.steps is missing"),
@@ -247,7 +250,7 @@ def test_shipped_recipes_by_name():
   assert path.name == "nabla_gfn.py" and path.is_file()
   assert recipe_path("jaxalign:nabla_gfn:smoke,release") == f"{path}:smoke,release"
   assert recipe_path("configs/nabla_gfn.py:smoke") == "configs/nabla_gfn.py:smoke"
-  with pytest.raises(UserError, match="no recipe 'nabla'; there are .*nabla_gfn"):
+  with pytest.raises(UserError, match=r"no recipe 'nabla'; did you mean 'nabla_gfn'\?; there are "):
     recipe_path("jaxalign:nabla")
 
 
@@ -267,6 +270,7 @@ def test_a_run_of_an_older_version_is_read_with_defaults(tmp_path):
   file.write_text(json.dumps(content))
   assert run_config(tmp_path / "run").method == cfg.method
   Workdir(tmp_path / "run", cfg)
+  (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "seconds": 1.0}\n')
   with pytest.raises(UserError, match="method.minibatches was 1 and is 2 now"):
     Workdir(tmp_path / "run", runs.smoke(method__minibatches=2))
 

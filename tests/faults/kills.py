@@ -208,7 +208,7 @@ def child(recipe: str, run: pathlib.Path, place: str, number: int, delay: float,
     loop.run(parse(config), pathlib.Path(folder))
   else:
     config.mesh.data, config.train.steps, config.train.patience = 1, 3, 0
-    config.eval.every, config.log.tensorboard = 1, False
+    config.eval.every, config.log.to = 1, ()
     if recipe == "ddpo":
       config.reward.names = ("jpeg_compressibility",)
     train.run(recipes.parse(config), pathlib.Path(folder))

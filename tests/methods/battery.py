@@ -72,6 +72,6 @@ def config_of(name: str, argument: str = "smoke", *, optim=DESCENT, **method_key
 # Methods whose code is another one's but for a loss or for options: their rows are slow.
 COUSINS = {"awm": "nft", "ram": "nft", "dpok": "ddpo", "flow_grpo": "ddpo", "b2_diffurl": "ddpo",
            "refl": "draft", "alignprop": "draft", "sft": "mapo", "diffusion_dpo": "mapo",
-           "best_of_n": "dno"}
+           "best_of_n": "dno", "das": "fk_steering", "svdd": "fk_steering"}
 every_method = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COUSINS)) for name in METHODS])

@@ -50,12 +50,20 @@ def write_tokenizer(folder, pad="<|endoftext|>", added=True):
   (folder / "special_tokens_map.json").write_text(json.dumps(specials))
 
 
+@pytest.fixture
+def transformers_4():
+  """The last transformers with CLIP's tokenizer in Python, for which folders of its time were."""
+  transformers = pytest.importorskip("transformers")
+  if int(transformers.__version__.partition(".")[0]) > 4:
+    pytest.skip("needs transformers 4: later ones have no CLIP tokenizer in Python")
+  return transformers
+
+
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 @pytest.mark.parametrize("added", [True, False])
-def test_same_ids_as_transformers(tmp_path, pad, added):
-  transformers = pytest.importorskip("transformers")
+def test_same_ids_as_transformers(transformers_4, tmp_path, pad, added):
   write_tokenizer(tmp_path, pad, added)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs = transformers_4.CLIPTokenizer.from_pretrained(tmp_path)
   # ftfy is optional there and changes the text; ours follows the path without it.
   theirs.fix_text = None
   if not hasattr(theirs, "nlp"):
@@ -101,10 +109,9 @@ def test_folder_with_tokenizer_json_alone(tmp_path, pad):
 
 @pytest.mark.parametrize("token", ["<cat-toy>", "<Cat-Toy>", "toy"])
 @pytest.mark.parametrize("age", ["added_tokens.json", "added_tokens_decoder"])
-def test_added_tokens_of_any_age(tmp_path, token, age):
-  transformers = pytest.importorskip("transformers")
+def test_added_tokens_of_any_age(transformers_4, tmp_path, token, age):
   write_tokenizer(tmp_path)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs = transformers_4.CLIPTokenizer.from_pretrained(tmp_path)
   theirs.add_tokens(token)
   theirs.save_pretrained(tmp_path)
   i = len(theirs) - 1

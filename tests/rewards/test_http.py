@@ -1,12 +1,15 @@
 """A reward behind HTTP, asked of a server in this process."""
 import base64
+import contextlib
 import http.server
 import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,8 +18,7 @@ from PIL import Image
 import runs
 from jaxalign.devices import callbacks
 from jaxalign.errors import UserError
-from jaxalign.rewards import http as http_rewards
-from jaxalign.rewards import make_reward
+from jaxalign.rewards import client, make_reward
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3)).astype(np.uint8)
 PROMPTS = ["a cat", "a dog", "a cat", "naïve", "a bird"]
@@ -105,7 +107,7 @@ def test_scores_in_order_and_in_batches(server):
 def test_a_busy_server_is_asked_again(server, monkeypatch):
   """And is waited for no longer than is reasonable, whatever it asks for."""
   server.refusals = 2
-  monkeypatch.setattr(http_rewards, "PAUSE", 0.1)
+  monkeypatch.setattr(client, "PAUSE", 0.1)
   assert np.isfinite(score(server.url)).all()
   assert server.requests == [5, 5, 5]
 
@@ -134,7 +136,7 @@ def test_no_server():
 
 def test_refusals_end(server, monkeypatch):
   server.refusals = 99
-  monkeypatch.setattr(http_rewards, "PAUSE", 0.1)
+  monkeypatch.setattr(client, "PAUSE", 0.1)
   with pytest.raises(UserError, match="503"):
     score(f"{server.url}#retries=1")
   assert server.requests == [5, 5]
@@ -198,3 +200,74 @@ def test_interrupts_do_not_wait_for_the_server(server):
     signal.signal(signal.SIGINT, before)
     callbacks.forget()                    # or what runs next in this process would end as well
   assert time.monotonic() - begun < 5
+
+
+# ---- the example of docs/rewards.md --------------------------------------------------------------
+
+
+@pytest.fixture
+def example():
+  """The server of the documentation, as a module."""
+  text = (runs.ROOT / "docs" / "rewards.md").read_text()
+  module = types.ModuleType("scorer_server")
+  exec(text.split("```python\n")[1].split("```")[0], module.__dict__)
+  return module
+
+
+@contextlib.contextmanager
+def serving(scorer):
+  thread = threading.Thread(target=scorer.serve_forever, daemon=True)
+  thread.start()
+  try:
+    yield f"http://127.0.0.1:{scorer.server_address[1]}"
+  finally:
+    scorer.shutdown()
+    scorer.server_close()
+
+
+def brightness(images):
+  return images.astype(np.float64).mean((1, 2, 3))
+
+
+def test_the_documented_server_of_hpsv3(example, monkeypatch):
+  """A stand-in for the package has its call; images and prompts arrive in order."""
+  class Inferencer:
+    def __init__(self, device):
+      assert device == "cuda"
+
+    def reward(self, prompts, image_paths):
+      return [[np.float32(np.asarray(image).mean() + len(prompt)), np.float32(0)]
+              for prompt, image in zip(prompts, image_paths, strict=True)]
+  package = types.ModuleType("hpsv3")
+  package.HPSv3RewardInferencer = Inferencer
+  monkeypatch.setitem(sys.modules, "hpsv3", package)
+  with serving(example.serve(example.hpsv3(), 0)) as url:
+    found = make_reward((f"{url}/hpsv3#batch=2",), (1.0,)).score(IMAGES, PROMPTS)
+  np.testing.assert_allclose(found, brightness(IMAGES) + list(map(len, PROMPTS)), rtol=1e-5)
+
+
+def test_the_documented_server_of_a_judge_in_words(example):
+  """A stand-in for the chat server answers in a sentence; one that answers nonsense is shown."""
+  asked = []
+
+  class Chat(http.server.BaseHTTPRequestHandler):
+    log_message = Handler.log_message
+
+    def do_POST(self):
+      body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+      image, text = body["messages"][0]["content"]
+      asked.append((self.path, text["text"]))
+      png = base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
+      mean = np.asarray(Image.open(io.BytesIO(png))).mean()
+      words = "I like it." if "bird" in text["text"] else f"Nice. Final Score: {mean / 60:.2f}."
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(json.dumps({"choices": [{"message": {"content": words}}]}).encode())
+  with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Chat)) as chat:
+    with serving(example.serve(example.unified(chat), 0)) as url:
+      reward = make_reward((f"{url}/unified#retries=0",), (1.0,))
+      found = reward.score(IMAGES[:4], PROMPTS[:4])
+      np.testing.assert_allclose(found, brightness(IMAGES[:4]) / 60, atol=6e-3)
+      with pytest.raises(UserError, match="500"):
+        reward.score(IMAGES, PROMPTS)
+  assert asked[0][0] == "/v1/chat/completions" and any("[naïve]" in text for _, text in asked)

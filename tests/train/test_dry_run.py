@@ -13,6 +13,7 @@ from jaxalign.emoji.recipes import MISMATCH
 from jaxalign.errors import UserError
 from jaxalign.train import dry_run, experiment
 
+SEARCHES = ("best_of_n", "das", "dno", "fk_steering", "svdd")
 QUICK = ("ddpo", "dno", "mapo")            # a reward of styled prompts; a search; pairs
 
 
@@ -34,7 +35,7 @@ def test_every_recipe_on_the_embedded_model(name):
   text, rows = describe(name)
   assert "mesh {'data': 2, 'fsdp': 1, 'tensor': 1} on cpu" in text and "TFLOP" in text
   assert rows["unet"][0] == 4_283_012 and rows["unet"][1] == pytest.approx(16.34, abs=0.01)
-  assert ("policy (trained)" in rows) == (name not in ("dno", "best_of_n", "fk_steering"))
+  assert ("policy (trained)" in rows) == (name not in SEARCHES)
   if "policy (trained)" in rows and name != "nabla_gfn":           # which averages nothing else
     # Adam's two moments, and its count.
     assert rows["optimiser"][0] in (2 * rows["policy (trained)"][0] + n for n in (1, 2))

@@ -26,8 +26,9 @@ LN2 = math.log(2.0)
 def draw(models: Models, key, sample_ids):
   """All noise of a trajectory from the prior, `[B, 1+T, h, w, c]`; that of `sampling.rollout`."""
   keys = rng.per_sample(key, sample_ids)
-  return jnp.stack([rng.normal_per_sample(keys, models.latent_shape, k)
-                    for k in range(models.sampler.steps + 1)], 1)
+  # One program for all vectors: as many as there are steps would take minutes to compile.
+  return jax.vmap(lambda k: rng.normal_per_sample(keys, models.latent_shape, k), out_axes=1)(
+      jnp.arange(models.sampler.steps + 1))
 
 
 def live_vectors(sampler: Sampler, which: str) -> np.ndarray:

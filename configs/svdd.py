@@ -1,0 +1,27 @@
+"""SVDD: at every step several candidates, of which one is kept by its value; nothing is trained.
+
+  python -m jaxalign.launch --config=configs/svdd.py
+
+Arguments after a colon, separated by commas:
+  emoji    the embedded model, 48 images of eight candidates a step, reward emoji_style (default);
+           not measured
+  smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four steps,
+           for tests
+  sd15     Stable Diffusion 1.x, eight candidates, 50 steps; not measured. Give
+           --config.model.path and --config.reward.names
+  sd35     Stable Diffusion 3.5 medium at 512 px, eight candidates, 28 memoryless steps; not
+           measured. Give the same
+  release  method preset, see docs/methods/particles.md
+"""
+from jaxalign.config import recipes
+from jaxalign.methods.svdd import PRESETS
+
+
+def get_config(arg="emoji"):
+  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  config = recipes.default("svdd", "svdd:" + (arg or "emoji"))
+  recipes.make_particles(config, size)
+  for preset in presets:
+    config.method.update(PRESETS[preset])
+  config.train.steps = config.train.checkpoint_every = config.sample.steps
+  return config

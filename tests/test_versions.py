@@ -1,0 +1,25 @@
+"""The same numbers with every version that setup.py admits; recorded with those of the lock."""
+import json
+
+import numpy as np
+import pytest
+
+from golden import versions_golden
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return json.loads(versions_golden.FILE.read_text())
+
+
+def test_the_same_images_from_the_same_noise(golden):
+  np.testing.assert_allclose(versions_golden.sampled(), golden["sampled"], rtol=0, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_the_same_command_trains_as_well(golden, tmp_path):
+  """Each score's change within one standard error of what it is with the lock's versions."""
+  now = versions_golden.trained(tmp_path / "run")
+  for name, change in golden["trained"].items():
+    assert change["sem"] > 0, name
+    assert abs(now[name]["mean"] - change["mean"]) < change["sem"], (name, now[name], change)
