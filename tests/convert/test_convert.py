@@ -349,7 +349,8 @@ def test_tensors_that_do_not_fit(copy):
   tensors["conv_norm_out.bias"] = np.zeros(32, np.int32)
   tensors["surprise.weight"] = np.zeros(3, np.float32)
   write(copy / UNET, tensors)
-  fails(copy, f"{copy / UNET}: tensors do not fit config.json", "1 missing: conv_in.weight", "1 unexpected: surprise.weight",
+  fails(copy, f"{copy / UNET}: tensors do not fit config.json", "1 missing: conv_in.weight",
+        "1 unexpected: surprise.weight",
         "conv_out.bias (3,) instead of (4,)", "1 wrong dtype: conv_norm_out.bias int32")
 
 

@@ -187,8 +187,10 @@ def test_older_names_and_alphas(pipeline, tmp_path):
     (lambda t: t | {f"unet.{Q}.lora_A.weight": np.zeros((2, 31), "f4")}, [Q, "(2, 31)", "(2, 32)"]),
     (lambda t: t | {f"unet.{Q}.lora_B.weight": np.zeros((32, 5), "f4")}, [Q, "(32, 5)"]),
     (lambda t: t | {f"unet.{Q}.lora_B.weight": np.zeros((32, 2), "i4")}, [Q, "int32"]),
-    (lambda t: t | {f"unet.{Q}.lora.up.weight": np.zeros((32, 2), "f4")}, [Q, "is there under two names"]),
-    (lambda t: {k: x for k, x in t.items() if k != f"unet.{Q}.lora_B.weight"}, [Q, "has only one of its two factors"]),
+    (lambda t: t | {f"unet.{Q}.lora.up.weight": np.zeros((32, 2), "f4")},
+     [Q, "is there under two names"]),
+    (lambda t: {k: x for k, x in t.items() if k != f"unet.{Q}.lora_B.weight"},
+     [Q, "has only one of its two factors"]),
     (lambda t: {}, ["no adapter"]),
 ])
 def test_tensors_that_do_not_fit(pipeline, tmp_path, change, parts):

@@ -210,7 +210,8 @@ def test_a_denoiser_in_the_original_names(made, tmp_path):
     found = load_pipeline(tmp_path / "folder", unet=str(tmp_path / f"{name}.safetensors"))
     equal(found.params["unet"], shifted)
     equal(found.params["vae"], pipeline.params["vae"])
-  with pytest.raises(UserError, match="a denoiser without text encoders and autoencoder; .* model.unet"):
+  with pytest.raises(UserError,
+                     match="a denoiser without text encoders and autoencoder; .* model.unet"):
     load_pipeline(tmp_path / "unet.safetensors")
 
 

@@ -145,14 +145,16 @@ def test_numbers_that_are_not_finite(folder, weights):
     x = weights[QUERY].copy()
     x[1, 2] = bad
     safetensors.numpy.save_file({**weights, QUERY: x}, folder / "unet" / NAME)
-    with pytest.raises(UserError, match=re.escape(f"unet/{NAME}: {QUERY} holds numbers that are not finite")):
+    with pytest.raises(UserError, match=re.escape(
+        f"unet/{NAME}: {QUERY} holds numbers that are not finite")):
       load_pipeline(folder)
 
 
 @pytest.mark.parametrize("name", [f"unet/{NAME}", "unet/config.json", "model_index.json"])
 def test_git_lfs_pointers(folder, name):
   (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n")
-  with pytest.raises(UserError, match=re.escape(f"{folder / name}: a git-lfs pointer, not the file itself")):
+  with pytest.raises(UserError, match=re.escape(
+      f"{folder / name}: a git-lfs pointer, not the file itself")):
     load_pipeline(folder)
 
 

@@ -1,12 +1,12 @@
 """Runs that are killed at random moments, again and again, and end as one that never was.
 
-A seed is a run of a recipe that is killed up to eight times, each time in the process that continues
-it: at a random one of the changes that it makes in its folder, or a moment later, in what it does
-then (a compilation, a step, a look, a write by a thread of its own). Then it goes on to its end, and
-everything that it left is compared with an unbroken run: to the bit.
+A seed is a run of a recipe that is killed up to eight times, each time in the process that
+continues it: at a random one of the changes that it makes in its folder, or a moment later, in what
+it does then (a compilation, a step, a look, a write by a thread of its own). Then it goes on to its
+end, and everything that it left is compared with an unbroken run: to the bit.
 
 Processes are forked from one that has imported everything and run nothing, and compile what the
-cache of the tests lacks: else a kill costs half a minute.
+cache of the tests lacks; networks are formulas (see `light`). Else a kill costs half a minute.
 """
 import collections
 import gc
@@ -39,9 +39,9 @@ class Kills:
     self._folder, self.counts, self._unbroken = folder, collections.Counter(), {}
     import grain  # noqa: F401
     import jax
+    import light  # noqa: F401
     from jax._src import xla_bridge
 
-    import light  # noqa: F401
     from jaxalign.train import inference, loop  # noqa: F401
     assert not xla_bridge.backends_are_initialized()     # its threads would not be in a fork
     gc.freeze()                                          # nor copied there for being looked at
@@ -195,6 +195,7 @@ def child(recipe: str, run: pathlib.Path, place: str, number: int, delay: float,
         else:
           die()
   import light
+
   from jaxalign import train
   from jaxalign.config import recipes
   from jaxalign.pretrain import loop

@@ -1,4 +1,4 @@
-"""Networks as formulas of their weights, in place of the real ones: their programs are made at once.
+"""Networks as formulas of their weights, in place of real ones: their programs are made at once.
 
 All else of a run is as it is: states of the same trees, sampling, looks, files.
 """
