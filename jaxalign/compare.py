@@ -1,4 +1,4 @@
-"""Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=docs/results.md`.
+"""Command line: `python -m jaxalign.compare --runs=DIR,DIR,... --output=results.md`.
 
 Puts finished runs side by side: one table for each task (a reward on held-out prompts, the base
 model, and the pairs if it learns from such), one row for each recipe, means over seeds. A run is
@@ -14,8 +14,8 @@ import sys
 
 import numpy as np
 
+from jaxalign.config import recipes
 from jaxalign.config.command import Flags, run_command
-from jaxalign.config.recipes import load_recipe, parse
 from jaxalign.errors import UserError
 from jaxalign.storage.files import whole
 
@@ -70,17 +70,12 @@ def label(recipe: str, config: dict) -> str:
   Not what only watches a run (how often it saves, evaluates, logs), nor the task: reward, prompts
   and pairs.
   """
-  try:
-    shipped = parse(load_recipe(f"jaxalign:{recipe}")).to_dict()
-  except UserError:
-    return recipe                                            # of the user's own
-  watching = {"train.checkpoint_every", "train.keep", "eval.every", "eval.path_kl",
+  changed = recipes.changed({**config, "recipe": recipe})
+  watching = {"train.checkpoint_every", "train.keep", "eval.every", "eval.path_kl", "seed",
               "data.prompts", "data.eval_prompts", "data.pairs"}
-  changed = [f"{group}.{key}={value}" for group, values in config.items()
-             if isinstance(values, dict) and group not in ("reward", "mesh", "log")
-             for key, value in values.items()
-             if f"{group}.{key}" not in watching and shipped[group].get(key) != value]
-  return " ".join([recipe, *changed])
+  return " ".join([recipe, *(f"{key}={value[0]}" for key, value in (changed or {}).items()
+                             if key not in watching
+                             and key.split(".")[0] not in ("reward", "mesh", "log"))])
 
 
 def over_seeds(values) -> tuple[float, float] | None:

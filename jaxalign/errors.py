@@ -10,4 +10,12 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-  """A run was asked to end (SIGTERM) and has saved its state; the same command continues it."""
+  """A run was asked to end and has saved its state; the same command continues it.
+
+  Attributes:
+    status: that the process exits with: 143 after SIGTERM, 130 after Ctrl-C.
+  """
+
+  def __init__(self, text: str, status: int = 143):
+    super().__init__(text)
+    self.status = status

@@ -6,13 +6,13 @@ Writes the tuned model, adapters merged, so that the PyTorch class of diffusers 
 `load_lora_weights` of a PyTorch pipeline of the base model, with `--names=kohya` for ComfyUI, A1111
 and kohya's trainers.
 """
-import pathlib
 import sys
 
 from jaxalign.config.command import Flags, run_command
 from jaxalign.convert import save_adapter, save_pipeline
 from jaxalign.errors import UserError
-from jaxalign.train.restore import load_adapter_of, load_tuned
+from jaxalign.train.opening import model_path
+from jaxalign.train.restore import load_adapters_of, load_tuned
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
@@ -28,12 +28,12 @@ _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloa
 
 def main(argv) -> None:
   del argv
-  checkpoint, lora = pathlib.Path(_CHECKPOINT.value), _FORMAT.value == "lora"
+  checkpoint, lora = model_path(_CHECKPOINT.value), _FORMAT.value == "lora"
   try:
     if lora:
-      adapter, denoiser = load_adapter_of(checkpoint)
-      save_adapter(adapter, _OUTPUT.value, denoiser, dtype=_DTYPE.value,
-                   style=_NAMES.value)
+      adapters, denoiser = load_adapters_of(checkpoint)
+      save_adapter(adapters.pop(denoiser), _OUTPUT.value, denoiser, text_encoders=adapters,
+                   dtype=_DTYPE.value, style=_NAMES.value)
     else:
       save_pipeline(load_tuned(checkpoint), _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
   except OSError as error:

@@ -8,6 +8,7 @@ import sys
 from jaxalign.config.command import exit_status
 from jaxalign.convert.inspection import inspect
 from jaxalign.errors import UserError
+from jaxalign.train.opening import model_path
 
 
 def main(argv) -> None:
@@ -19,7 +20,7 @@ def main(argv) -> None:
     return
   if len(names) > 1:
     raise UserError(f"unexpected argument {names[1]!r}")
-  for name, text in inspect(names[0]).items():
+  for name, text in inspect(model_path(names[0])).items():
     print(f"{name:12s}{text}")
 
 

@@ -1,6 +1,7 @@
 """Command line: `python -m jaxalign.launch --config=configs/RECIPE.py[:ARG] [--config.KEY=VALUE]`.
 
-Parses, validates and runs, nothing else. The same command again continues a run.
+Aligns a model as a recipe says; the same command again continues the run. `--config=jaxalign:NAME`
+takes a shipped recipe from anywhere, `--config=help[:NAME]` explains every key.
 """
 import pathlib
 import sys
@@ -8,8 +9,9 @@ import sys
 from ml_collections import config_flags
 
 from jaxalign import train
-from jaxalign.config import recipes
-from jaxalign.config.command import Flags, run_command
+from jaxalign.config import explain, recipes
+from jaxalign.config.command import Flags, exit_status, run_command
+from jaxalign.config.registry import load_method, need
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 
@@ -28,6 +30,7 @@ _THOROUGH = _FLAGS.define("bool", "plan_thorough", False, "Compile a --plan as a
 
 def main(argv) -> None:
   del argv
+  _own_data(_CONFIG.value)
   if "task" in _CONFIG.value:
     return _pretrain(_CONFIG.value)
   cfg = recipes.parse(_CONFIG.value)
@@ -41,6 +44,22 @@ def main(argv) -> None:
     print(plan(cfg, _PLAN.value, _THOROUGH.value))
     return
   train.run(cfg, _workdir(cfg))
+
+
+def _own_data(config) -> None:
+  """Whoever names prompts or pairs of their own, and none to be judged by, is judged by some of
+  these: the recipe's are of another world."""
+  given = dict(arg.removeprefix("--config.").split("=", 1) for arg in sys.argv
+               if arg.startswith("--config.data.") and "=" in arg)
+  own = {key for key in ("data.prompts", "data.pairs")
+         if not given.get(key, "jaxalign:").startswith("jaxalign:")}
+  if "task" in config or "data.eval_prompts" in given or not own:
+    return
+  if need(load_method(config.method.name).Config, "at_inference"):
+    return                                             # reads neither
+  if "data.prompts" not in given:
+    config.data.prompts = ""
+  config.data.eval_prompts = ""
 
 
 def _pretrain(config) -> None:
@@ -59,4 +78,7 @@ def _workdir(cfg) -> pathlib.Path:
 
 
 if __name__ == "__main__":
+  asked = explain.wanted(sys.argv)
+  if asked is not None:
+    sys.exit(exit_status(lambda: print(explain.explain(asked))))
   sys.exit(run_command(main, _FLAGS, required=("config",)))

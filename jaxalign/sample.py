@@ -1,7 +1,8 @@
 """Command line: `python -m jaxalign.sample --checkpoint=DIR --prompts=FILE|"text" --output=DIR`.
 
-`DIR` is a run's folder or any checkpoint directory. Writes one PNG an image as soon as it is drawn,
-`grid.png` (the first prompts) and, when all is there, `samples.jsonl`.
+Draws pictures. `DIR` is a run's folder, any checkpoint directory, or `jaxalign:NAME` for a model
+that is shipped. Writes one PNG an image as soon as it is drawn, `grid.png` (the first prompts) and,
+when all is there, `samples.jsonl`.
 """
 import contextlib
 import functools
@@ -26,7 +27,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.storage.files import whole
-from jaxalign.train.opening import own_sampler
+from jaxalign.train.opening import model_path, own_sampler
 from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
@@ -158,7 +159,7 @@ def _write(output: pathlib.Path, images: Iterator[np.ndarray], prompts: list[str
 def main(argv) -> None:
   del argv
   sharding.use_cores()
-  checkpoint = pathlib.Path(_CHECKPOINT.value)
+  checkpoint = model_path(_CHECKPOINT.value)
   prompts = _prompts(_PROMPTS.value)
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value,

@@ -32,7 +32,7 @@ def smoke(method: str = "nabla_gfn", argument: str = "smoke", **overrides) -> sc
   """Config of a smoke recipe on one device; overrides as `train__steps=2`."""
   config = recipe(argument, method)
   config.data.prompts, config.data.eval_prompts = str(TRAIN), str(HELD_OUT)
-  config.mesh.data, config.log.tensorboard = 1, False
+  config.mesh.data, config.log.to = 1, ()
   for path, value in overrides.items():
     group, _, key = path.rpartition("__")
     (config[group] if group else config)[key] = value
@@ -101,7 +101,7 @@ def finished() -> pathlib.Path:
     return dataclasses.replace(method, collect=counted("collect"), update=counted("update"))
 
   with mock.patch.object(nabla_gfn, "make", make):
-    loop.run(smoke(log__tensorboard=True), FOLDER / "finished")
+    loop.run(smoke(log__to=("tensorboard",)), FOLDER / "finished")
   return FOLDER / "finished"
 
 

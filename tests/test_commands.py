@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import runs
-from jaxalign import sample
+from jaxalign import sample, train
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main
@@ -104,16 +104,35 @@ def test_launch_says_finished(command):
 def test_dry_run(command, tmp_path):
   status, out, _ = command("launch", *launch_args("--dry_run", f"--workdir={tmp_path / 'run'}"))
   assert status == 0
-  for part in ('"lora_rank": 4', "policy (trained)", " 8,192 ", "to_q/kernel", "GFLOP"):
+  for part in ('"lora_rank": 4', "policy (trained)", " 8,192 ", "mesh ", "GFLOP"):
     assert part in out
+  assert "to_q/kernel" not in out                    # one device has no table of partitions
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["launch", "sample", "evaluate", "export", "vote"])
+@pytest.mark.parametrize("args, prompts, held", [
+    ((), "jaxalign:emoji_train", "jaxalign:emoji_heldout"),
+    (("--config.data.prompts=mine.txt",), "mine.txt", ""),
+    (("--config.data.prompts=mine.txt", "--config.data.eval_prompts=x.txt"), "mine.txt", "x.txt"),
+    (("--config.data.prompts=jaxalign:animals_train",), "jaxalign:animals_train",
+     "jaxalign:emoji_heldout"),
+    (("--config.data.pairs=votes",), "", ""),
+    (("--config.data.pairs=votes", "--config.data.prompts=mine.txt"), "mine.txt", ""),
+    (("--config.data.pairs=jaxalign:emoji",), "jaxalign:emoji_train", "jaxalign:emoji_heldout")])
+def test_own_data_are_judged_by_some_of_them(command, monkeypatch, args, prompts, held):
+  seen = []
+  monkeypatch.setattr(train, "run", lambda cfg, path: seen.append(cfg))
+  recipe = "mapo" if any("pairs" in arg for arg in args) else "nabla_gfn"
+  assert command("launch", f"--config=configs/{recipe}.py:smoke", *args)[0] == 0
+  assert (seen[0].data.prompts, seen[0].data.eval_prompts) == (prompts, held)
+
+
+@pytest.mark.parametrize("name", ["launch", "sample", "evaluate", "export", "vote", "report"])
 def test_help(command, name):
   status, out, err = command(name, "--help")
   assert status == 0 and not err
-  assert f"python -m jaxalign.{name}" in out and ("--config: " in out or "--checkpoint: " in out)
+  assert f"python -m jaxalign.{name}" in out and any(
+      f"--{flag}: " in out for flag in ("config", "checkpoint", "runs"))
 
 
 def test_commands_can_be_imported_together():
@@ -407,7 +426,9 @@ def test_evaluate_a_run_against_its_base(command, tmp_path):
                            f"--prompts={runs.HELD_OUT}", f"--output={file}")
   assert status == 0
   result = json.loads(file.read_text())
-  assert json.loads(out[out.index("{"):]) == result
+  assert f"all numbers in {file}" in out and len(out.splitlines()) < 20
+  row, = [line.split() for line in out.splitlines() if line.startswith("reward")]
+  assert row[1] == f"{result['base']['reward']['mean']:.4f}"
   # The run's own evaluation: same prompts, noise, sampler; merged weights instead of the adapter.
   summary = json.loads((runs.finished() / "summary.json").read_text())
   for model in ("base", "tuned"):

@@ -8,6 +8,7 @@ import time
 from absl import flags
 
 from jaxalign.config.fields import MOST
+from jaxalign.config.nearest import suggestion
 from jaxalign.config.recipes import load_recipe, recipe_path
 from jaxalign.config.schema import SEEDS
 from jaxalign.errors import Stopped, UserError
@@ -80,7 +81,7 @@ def exit_status(main) -> int:
     return 130
   except Stopped as stopped:
     print(f"{stopped}; the same command continues the run", file=sys.stderr)
-    return 143
+    return stopped.status
   return 0
 
 
@@ -131,8 +132,16 @@ def _explain(error: Exception, argv: list[str]) -> str:
     for arg in argv:
       key = arg.removeprefix("--config.").split("=")[0]
       if missing and arg.startswith("--config.") and missing[0] in key.split("."):
-        return f"config key {key} is unknown ({arg})"
+        return f"config key {key} is unknown{suggestion(key, _keys(argv))} ({arg})"
   return text
+
+
+def _keys(argv: list[str]) -> list[str]:
+  """Keys of the recipe that `--config` names."""
+  file = next((arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")), None)
+  tree = load_recipe(file).to_dict() if file else {}
+  return [f"{group}.{key}" if key else group for group, values in tree.items()
+          for key in (values if isinstance(values, dict) else [""])]
 
 
 def _shipped(arg: str) -> str:

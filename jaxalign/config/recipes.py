@@ -15,6 +15,7 @@ import ml_collections
 
 from jaxalign.config import registry, source
 from jaxalign.config.credentials import hidden
+from jaxalign.config.nearest import suggestion
 from jaxalign.config.schema import GROUPS, OLD_FINALS, Config
 from jaxalign.errors import UserError
 
@@ -33,8 +34,11 @@ def completed(values: dict) -> dict:
   known = json.loads(default(values["method"]["name"]).to_json())
   values = {**values, **{name: {**group, **values.get(name, {})}
                          for name, group in known.items() if isinstance(group, dict)}}
-  final = values["sample"]["final"]
-  return {**values, "sample": {**values["sample"], "final": OLD_FINALS.get(final, final)}}
+  final, log = values["sample"]["final"], dict(values["log"])
+  if "tensorboard" in log and not log.pop("tensorboard"):
+    log["to"] = []
+  return {**values, "log": log,
+          "sample": {**values["sample"], "final": OLD_FINALS.get(final, final)}}
 
 
 def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, list[str]]:
@@ -181,15 +185,21 @@ def recipe_path(name: str) -> str:
   if not name.startswith("jaxalign:"):
     return name
   recipe, _, arg = name.removeprefix("jaxalign:").partition(":")
+  known = shipped_recipes()
+  if recipe not in known:
+    raise UserError(f"--config={name}: no recipe {recipe!r}{suggestion(recipe, known)}; there are "
+                    f"{', '.join(known)}")
+  return f"{known[recipe]}:{arg}" if arg else str(known[recipe])
+
+
+def shipped_recipes() -> dict[str, pathlib.Path]:
+  """Name -> file of the recipes that come with the package, in order of names."""
   spec = importlib.util.find_spec("jaxalign.configs")
   folders = [pathlib.Path(p) for p in (spec.submodule_search_locations if spec else ())]
   folders.append(pathlib.Path(__file__).resolve().parents[2] / "configs")
-  for folder in folders:
-    path = folder / f"{recipe}.py"
-    if path.is_file():
-      return f"{path}:{arg}" if arg else str(path)
-  known = sorted({p.stem for f in folders if f.is_dir() for p in f.glob("[a-z]*.py")})
-  raise UserError(f"--config={name}: no recipe {recipe!r}; there are {', '.join(known)}")
+  found = {file.stem: file for folder in reversed(folders) if folder.is_dir()
+           for file in folder.glob("[a-z]*.py")}
+  return dict(sorted(found.items()))
 
 
 def split_recipe(name: str) -> tuple[pathlib.Path, str]:
@@ -221,13 +231,38 @@ def load_recipe(name: str) -> ml_collections.ConfigDict:
   return config
 
 
+def changed(config: dict) -> dict[str, tuple] | None:
+  """What a run's config has otherwise than the shipped recipe of its name.
+
+  Args:
+    config: as in config.json; keys that it has not are passed over.
+  Returns:
+    `group.key` (or `seed`) -> (the run's value, the recipe's), in order; None if no recipe of that
+    name is shipped.
+  """
+  try:
+    shipped = parse(load_recipe(f"jaxalign:{config['recipe']}")).to_dict()
+  except UserError:
+    return None                                                # of the user's own
+
+  def flat(tree):
+    for group, values in tree.items():
+      yield from ({group: values} if not isinstance(values, dict) else {
+          f"{group}.{key}": value for key, value in values.items()}).items()
+  then = dict(flat(shipped))
+  return {key: (value, then.get(key)) for key, value in flat(config) if value != then.get(key)}
+
+
 def build_group(cls, group: str, values: dict):
   """`cls(**values)`, a config group from plain values; unknown and missing keys are UserErrors."""
   fields = typing.get_type_hints(cls)
   for key in values:
     if key not in fields:
       known = ", ".join(sorted(fields))
-      raise UserError(f"config key {group}.{key} is unknown; {group} has {known}")
+      keys = [f"{name}.{k}" for name, kind in {**GROUPS, group: cls}.items()
+              for k in typing.get_type_hints(kind)]
+      raise UserError(f"config key {group}.{key} is unknown{suggestion(f'{group}.{key}', keys)}; "
+                      f"{group} has {known}")
   for key in fields:
     if key not in values:
       raise UserError(f"config key {group}.{key} is missing")

@@ -65,6 +65,13 @@ def load_method(name: str):
   return importlib.import_module(f"jaxalign.methods.{name}")
 
 
+def methods_for_any_reward() -> list[str]:
+  """Names of own methods that neither differentiate the reward nor train on pairs."""
+  configs = {name: load_method(name).Config() for name in own_methods()}
+  return [name for name, config in configs.items()
+          if not need(config, "reward_gradients") and not need(config, "reads_pairs")]
+
+
 def resolve(path: str):
   """The module `module`, or what `module:object` names in it; imported only now."""
   module, _, inside = path.partition(":")

@@ -65,7 +65,7 @@ class RewardConfig:
 
   Attributes:
     names: built-in names, `NAME:WHERE` for published weights (docs/rewards.md), or
-      `path/to/file.py:function`, or the URL of a scorer behind HTTP.
+      `path/to/file.py:function`, the URL of a scorer behind HTTP, or `vlm:URL` of a judge.
     weights: one factor a name.
     normalise: what the weights are factors of: scores as they are ("none"), over their standard
       deviation within a prompt on the base model ("std"), or places among the samples of a prompt
@@ -88,8 +88,9 @@ class DataConfig:
   """Prompts, one a line: text files, or `jaxalign:NAME` for a file shipped with the package.
 
   Attributes:
-    prompts: drawn uniformly in training.
-    eval_prompts: held out; base and tuned model are compared on these.
+    prompts: drawn uniformly in training; empty, with pairs, for their captions.
+    eval_prompts: held out; base and tuned model are compared on these. Empty: a tenth of `prompts`,
+      which training then leaves out.
     pairs: what preference methods train on instead of `prompts`, see `jaxalign.data.pairs`: a
       Parquet file or a folder of them, a JSONL file, a folder with winner/ and loser/,
       `jaxalign:emoji`, or `jaxalign:fixture` for tests. Empty for other methods.
@@ -169,6 +170,9 @@ class TrainConfig:
     patience: stop after this many evaluations in a row whose judge score is `tolerance` standard
       errors below the base model's; 0 is never.
     tolerance: see patience.
+    alarm: what to do when a look shows signs that the run cheats its reward, see the group `alarm`:
+      "warn", "stop", "rollback" to the last look without, at a lower strength; "off" is not to look
+      for any.
   """
   steps: Count = 48
   max_seconds: NonNegative = 0.0
@@ -177,9 +181,37 @@ class TrainConfig:
   keep_best: bool = False
   patience: Whole = 2
   tolerance: NonNegative = 2.0
+  alarm: Literal["off", "warn", "stop", "rollback"] = "warn"
 
   def __post_init__(self):
     check("train", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+  """When a look counts as a sign that the run cheats its reward (docs/alarm.md).
+
+  Attributes:
+    errors: standard errors, clustered by prompt, from which on a change counts.
+    diversity: share of the base's diversity below which a run is said to collapse; 0 is off.
+    saturation: growth of the share of saturated values in pictures; 0 is off.
+    roughness: factor on the finest-grain share of the pictures' variance; 0 is off.
+    drift: how far features of pictures may move, in what the base's own noise moves them; 0 is off.
+    path_kl: nats per image; 0 is off, else each look makes as many denoiser calls again.
+    rollbacks: how often `train.alarm="rollback"` goes back before the run ends.
+    weaker: factor on the method's strength (on optim.lr, where it has none) at each of these.
+  """
+  errors: NonNegative = 3.0
+  diversity: Fraction = 0.6
+  saturation: Fraction = 0.1
+  roughness: NonNegative = 1.5
+  drift: NonNegative = 0.0
+  path_kl: NonNegative = 0.0
+  rollbacks: Whole = 2
+  weaker: Fraction = 0.5
+
+  def __post_init__(self):
+    check("alarm", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +220,7 @@ class OptimConfig:
 
   Attributes:
     lr: AdamW learning rate of the policy, reached after `warmup` optimiser steps.
+    warmup: optimiser steps over which the rate grows linearly to `lr`; 0 begins with it.
     decay_steps: cosine decay of the rate to 0 over this many optimiser steps after the warm-up; 0
       is off and keeps the rate. A method may take several optimiser steps per update.
     b1, b2: moment decays. eps: added to the root of the second moment; one that is large beside the
@@ -214,7 +247,12 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices per mesh axis; `data=-1` takes all that the others leave."""
+  """Devices per mesh axis.
+
+  Attributes:
+    data: over which batches are split; -1 takes all that the others leave.
+    fsdp: over which parameters are split too. tensor: over which heads and channels are.
+  """
   data: Annotated[int, Range(-1, MOST)] = -1
   fsdp: Count = 1
   tensor: Count = 1
@@ -257,9 +295,11 @@ class LogConfig:
   """What is written beside metrics.jsonl.
 
   Attributes:
-    tensorboard: also write event files. grid_prompts: rows of the sample pictures.
+    to: who else gets the numbers: "tensorboard", and what is installed of "wandb", "mlflow" and
+      "trackio" (docs/metrics.md).
+    grid_prompts: rows of the sample pictures.
   """
-  tensorboard: bool = True
+  to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
   grid_prompts: Count = 8
 
   def __post_init__(self):
@@ -278,6 +318,7 @@ class Config:
   data: DataConfig
   sample: SampleConfig
   train: TrainConfig
+  alarm: AlarmConfig
   optim: OptimConfig
   mesh: MeshConfig
   eval: EvalConfig
@@ -298,6 +339,9 @@ class Config:
                                             or registry.need(self.method, "reward_gradients")):
       raise UserError("reward.normalise='rank' is for methods that are given scores of a batch, "
                       f"not for method.name={self.method_name!r}; set 'std'")
+    if self.train.alarm == "rollback" and self.at_inference:
+      raise UserError("train.alarm='rollback' goes back to an earlier policy, and method.name="
+                      f"{self.method_name!r} trains none: 'stop' ends the run")
     if self.sample.batch % self.group:
       raise UserError(f"sample.batch={self.sample.batch} does not divide into groups of "
                       f"method.group={self.group}")

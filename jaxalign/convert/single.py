@@ -26,7 +26,7 @@ from jaxalign.convert.tensors import (
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline, families
 from jaxalign.models.tokenizer import T5Tokenizer, Tokenizer
-from jaxalign.storage.files import whole
+from jaxalign.storage.files import share, whole
 
 SUFFIXES = (".safetensors", *PICKLES)
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -466,6 +466,7 @@ def save_single(pipeline: Pipeline, file, *, dtype: str | None = None) -> None:
   with whole(file) as partial:
     safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()},
                                 partial, metadata=metadata)
+    share(partial)
 
 
 def _family_for(pipeline: Pipeline) -> str:

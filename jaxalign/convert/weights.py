@@ -21,6 +21,7 @@ from jaxalign.convert.tensors import (
 )
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Stored
+from jaxalign.storage.files import share
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Buffers among the parameters, kept for the way back: position ids that old transformers versions
@@ -183,3 +184,4 @@ def save(folder: pathlib.Path, model: str, params, stored: dict[str, Stored],
   else:
     # transformers refuses a file that does not say who wrote it.
     safetensors.numpy.save_file({**arrays, **extras}, file, metadata={"format": "pt"})
+    share(file)

@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from PIL import Image
@@ -95,7 +95,14 @@ class Pairs:
     return digest.hexdigest()
 
   def without_ties(self) -> "Pairs":
-    keep = np.flatnonzero(self.labels != 0.5)
+    return self._of(np.flatnonzero(self.labels != 0.5))
+
+  def without(self, captions: Iterable[str]) -> "Pairs":
+    """The pairs of other captions than these."""
+    captions = set(captions)
+    return self._of(np.flatnonzero([caption not in captions for caption in self.captions]))
+
+  def _of(self, keep: np.ndarray) -> "Pairs":
     return dataclasses.replace(self, captions=[self.captions[i] for i in keep],
                                labels=self.labels[keep], rows=self.rows[keep])
 

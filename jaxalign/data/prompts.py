@@ -12,6 +12,8 @@ Objects and tables have their prompts under the first of `FIELDS` that is there.
 letter are left out; a field that is no text is an error that names its row.
 """
 import csv
+import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
@@ -44,6 +46,65 @@ def read_prompts(key: str, path: str) -> list[str]:
   if not prompts:
     raise UserError(f"{what}: the file has no prompts")
   return prompts
+
+
+FEWEST = 12          # different prompts, below which none are held out
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSets:
+  """What a run trains on (or, on pairs, watches) and what it is judged by.
+
+  Attributes:
+    held_out: of `evaluation`, those that were taken out of `training`; of two files, none.
+  """
+  training: list[str]
+  evaluation: list[str]
+  held_out: list[str]
+
+  def __str__(self) -> str:
+    show = lambda prompts: ", ".join(map(repr, prompts[:3])) + ", ..." * (len(prompts) > 3)
+    text = (f"{len(self.training)} training prompts ({show(self.training)}); judged on "
+            f"{len(self.evaluation)} others ({show(self.evaluation)})")
+    if self.held_out:
+      return f"{text}, held out of them: data.eval_prompts names no file"
+    if set(self.training) & set(self.evaluation):
+      return f"{text}. Some are the same: what is reported of these was trained on"
+    return text
+
+
+def read_sets(prompts: str, eval_prompts: str, most: int, captions=()) -> PromptSets:
+  """Training and evaluation prompts of a run.
+
+  Args:
+    prompts: file as for `read_prompts`; empty for the captions of the pairs.
+    eval_prompts: the same; empty to hold some of the others out: a tenth of them, at least four,
+      always the same ones, or none where there are too few to spare any.
+    most: prompts to evaluate on, the first so many; 0 is all.
+    captions: of the run's preference pairs.
+  """
+  training = read_prompts("data.prompts", prompts) if prompts else list(dict.fromkeys(captions))
+  if not training:
+    raise UserError("data.prompts is empty: name a file of prompts")
+  if eval_prompts:
+    evaluation = read_prompts("data.eval_prompts", eval_prompts)
+    return PromptSets(training, evaluation[:most or None], [])
+  different = list(dict.fromkeys(training))
+  if len(different) < FEWEST:
+    return PromptSets(training, different[:most or None], [])
+  # By their own digest: the same prompts, whatever else joins the file.
+  ranked = sorted(different, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+  held = set(ranked[:min(most or len(different), max(4, len(different) // 10))])
+  return PromptSets([p for p in training if p not in held], [p for p in different if p in held],
+                    [p for p in different if p in held])
+
+
+def some_prompt(prompts: str, eval_prompts: str) -> list[str]:
+  """Prompts like those of a run, for trials and shapes: of its files, or one of ours."""
+  for key, name in (("data.eval_prompts", eval_prompts), ("data.prompts", prompts)):
+    if name:
+      return read_prompts(key, name)
+  return ["a photo"]
 
 
 def _prompt(where: str, entry) -> str:

@@ -124,30 +124,39 @@ def by_rows(function, images, prompts) -> dict[str, np.ndarray]:
 
 
 class Notice:
-  """Whether the run has been asked to end by SIGTERM, as cluster schedulers do before they kill.
+  """Whether a run has been asked to end: by SIGTERM, as schedulers do before they kill, or Ctrl-C.
 
-  With one process the signal is caught inside `with`; elsewhere it kills as always. With several,
-  JAX's own handler catches it in any of them, and all agree on the step at which they stop.
+  With one process both are caught inside `with`; elsewhere they end it as always, and so does a
+  second Ctrl-C. With several, JAX's own handler catches SIGTERM in any of them, and all agree on
+  the step at which they stop.
+
+  Attributes:
+    asked: the signal that has come, or None.
   """
 
   def __init__(self):
-    self._asked = False
-    self._old = None
+    self.asked: signal.Signals | None = None
+    self._old = {}
 
   def __enter__(self) -> "Notice":
     if not several() and threading.current_thread() is threading.main_thread():
-      self._old = signal.signal(signal.SIGTERM, self._catch)
+      self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._catch)
+      if signal.getsignal(signal.SIGINT) is signal.default_int_handler:     # else it is another's
+        self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._catch)
     return self
 
-  def _catch(self, *_) -> None:
-    self._asked = True
+  def _catch(self, number, frame) -> None:
+    self.asked = signal.Signals(number)
+    if number == signal.SIGINT:
+      signal.signal(signal.SIGINT, self._old[signal.SIGINT])
+      say("stopping after this step, which is saved; Ctrl-C again ends the run at once")
 
   def __exit__(self, *_) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
+    for number, old in self._old.items():
+      signal.signal(number, old)
 
   def at(self, step: int) -> bool:
     """Whether to stop now, after update `step`. To be called after every update."""
     if several():
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+    return self.asked is not None

@@ -11,7 +11,6 @@ from jaxalign.emoji.colours import color_accuracy
 from jaxalign.emoji.drawings import COLOURS, STYLES, Drawings, caption, held_out
 from jaxalign.emoji.scorers import emoji_clip, emoji_judge
 from jaxalign.models.pipeline import Pipeline
-from jaxalign.models.vae import decode_images
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
 STEPS, GUIDANCE, CHOICES = 20, 3.0, 20
@@ -19,34 +18,32 @@ _BATCH = 64
 
 
 @functools.lru_cache(maxsize=2)
-def _program(unet, vae, scheduler: tuple, guidance: float):
+def _program(family: type[Pipeline], networks: tuple, scheduler: tuple, guidance: float):
   """Compiled sampling; networks and schedule are what a program depends on, not the weights."""
+  pipeline = family(dict(networks), {}, {}, {})
   schedule = Schedule.from_config(dict(scheduler))
   one = schedule.one_step is not None
   sampler = make_sampler(schedule, 1 if one else STEPS, kind="one_step" if one else "ddim", eta=0.0,
                          spacing="", final="", variance="small")
-  denoise = lambda variables, x, t, cond: unet.apply(variables, x, t, cond["text"])
-  output = guided_output(denoise, 1.0 if one else guidance)
-  size, channels = unet.config.sample_size, unet.config.in_channels
+  output = guided_output(pipeline.denoise, 1.0 if one else guidance)
 
   @jax.jit
-  def sample(params, conditioning, ids, key):
-    trajectory = rollout(output, {"params": params["unet"]}, sampler, conditioning, key, ids,
-                         (size, size, channels))
-    return decode_images(vae, params["vae"], trajectory.final)
+  def sample(variables, decoder, conditioning, ids, key):
+    trajectory = rollout(output, variables, sampler, conditioning, key, ids, pipeline.latent_shape)
+    return pipeline.decode_images(decoder, trajectory.final)
   return sample
 
 
 def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "drawing",
          guidance: float = GUIDANCE):
-  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise, or the one step of a
-  one-step generator, which has no guidance."""
-  sample = _program(pipeline.denoiser, pipeline.vae, tuple(
+  """`[len(captions), S, S, 3]` f32 in [0, 1]: 20 DDIM steps without noise (Euler's on a flow), or
+  the one step of a one-step generator, which has no guidance."""
+  sample = _program(type(pipeline), tuple(pipeline.networks.items()), tuple(
       (k, v) for k, v in pipeline.scheduler_config.items() if not isinstance(v, (list, dict))),
       guidance)
   mesh = sharding.make_mesh(-1, 1, 1)
   everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  params = jax.device_put({name: pipeline.params[name] for name in ("unet", "vae")}, everywhere)
+  variables, decoder = jax.device_put((pipeline.variables, pipeline.params["vae"]), everywhere)
   key = jax.device_put(jax.random.key(seed), everywhere)
   encode = jax.jit(pipeline.encode_prompts)
   text = lambda prompts: encode(pipeline.text_params, pipeline.tokenize(prompts))
@@ -58,7 +55,7 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
       cond = text(part + [""] * (_BATCH - len(part)))          # the last batch is filled up
       ids = jnp.arange(i, i + _BATCH, dtype=jnp.int32)
       conditioning, ids = jax.device_put((Conditioning(cond, empty), ids), rows_apart)
-      images.append(np.asarray(sample(params, conditioning, ids, key)))
+      images.append(np.asarray(sample(variables, decoder, conditioning, ids, key)))
       bar.update(len(part))
   return np.concatenate(images)[:len(captions)]
 

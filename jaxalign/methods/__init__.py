@@ -137,7 +137,8 @@ def make(name: str, models: Models, cfg, optim) -> Method:
     UserError: the models lack what the method needs, or cannot be trained by it.
   """
   if registry.need(cfg, "reward_gradients") and models.score is None:
-    instead = registry.need(cfg, "without_gradients") or "choose differentiable rewards"
+    instead = registry.need(cfg, "without_gradients") or (
+        f"methods that take any reward: {', '.join(registry.methods_for_any_reward())}")
     raise UserError(f"method.name={name!r} needs reward gradients, and reward.names holds a "
                     f"black-box reward; {instead}")
   if registry.need(cfg, "noise_at_every_step") and not np.all(models.sampler.std > 0):

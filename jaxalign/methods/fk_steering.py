@@ -37,7 +37,7 @@ class Config:
 
   Attributes:
     particles: K of each image; 1 is the base model.
-    beta: strength of the tilt, in `beta_unit`: "sigma" (divided by the reward's within-prompt
+    beta: strength of the tilt. beta_unit: "sigma" (beta is divided by the reward's within-prompt
       standard deviation on the base model) or "raw".
     potential: what a point adds to log w: "diff" (`beta (r - r before)`), or "max", "sum" (beta
       times the highest r so far, their sum) or "plain" (`beta r`), after which the output's part

@@ -12,13 +12,11 @@ Reference: Esser et al. 2024, arXiv 2403.03206; dual attention and norms of quer
 those of the release of Stable Diffusion 3.5.
 """
 import dataclasses
-import re
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from jaxalign.errors import UserError
 from jaxalign.models import layers
@@ -28,10 +26,6 @@ from jaxalign.models.layers import Conv, Dense, check_config
 WHERE = "SD3Transformer2DModel"
 
 _FIXED = {"_class_name": (WHERE,)}
-
-# What starts at zero in new networks (AdaLN-Zero): every block is the identity, the output zero.
-ZERO = r"((norm1|norm1_context|norm_out)/linear|^proj_out)/kernel$"
-
 
 @dataclasses.dataclass(frozen=True)
 class SD3Config:
@@ -327,11 +321,3 @@ class SD3Transformer2DModel(nn.Module):
     # A token's outputs are (row in its patch, column in its patch, channel).
     x = x.reshape(B, h // c.patch_size, w // c.patch_size, c.patch_size, c.patch_size, -1)
     return x.swapaxes(2, 3).reshape(B, h, w, -1).astype(jnp.float32)
-
-
-def start_at_identity(params) -> dict:
-  """New parameters whose modulations and output layer are zero (AdaLN-Zero), else as given."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  return traverse_util.unflatten_dict(
-      {path: np.zeros_like(x) if re.search(ZERO, path) else x for path, x in flat.items()},
-      sep="/")

@@ -9,6 +9,7 @@ import functools
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from jaxalign import models
 from jaxalign.errors import UserError
@@ -85,6 +87,8 @@ class Pipeline:
     as_stored: networks so large that their parameters stay in the dtype of the file.
     formats: what checkpoints can be written as, see `save_pipeline`.
     lora_targets: what an adapter may cover -> pattern of the paths of those layers.
+    starts_at_zero: pattern of the denoiser's parameters that are zero before it is trained, so that
+      it predicts nothing at first.
   """
   networks: dict[str, nn.Module]
   tokenizers: dict[str, Tokenizer]
@@ -100,6 +104,7 @@ class Pipeline:
   as_stored: ClassVar[tuple[str, ...]] = ()
   formats: ClassVar[tuple[str, ...]] = ("diffusers",)
   lora_targets: ClassVar[dict[str, str]]
+  starts_at_zero: ClassVar[str]
 
   @staticmethod
   def build(configs: dict[str, dict], tokenizers: dict[str, Tokenizer], params=None, *,
@@ -311,6 +316,14 @@ class Pipeline:
         raise UserError(f"model.lora_targets: this model's {self.denoiser_name} has no {name!r}, "
                         f"only {', '.join(self.lora_targets)}")
     return {name: self.lora_targets[name] for name in names}
+
+  def init(self, key) -> dict:
+    """New f32 parameters of the denoiser to train from, jittable."""
+    params = self.denoiser.init(key, *self.denoiser.example_inputs())["params"]
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return traverse_util.unflatten_dict(
+        {path: jnp.zeros_like(leaf) if re.search(self.starts_at_zero, path) else leaf
+         for path, leaf in flat.items()}, sep="/")
 
   def param_shapes(self) -> dict[str, Any]:
     """The trees of `jax.ShapeDtypeStruct` that `params` must have; computes nothing."""

@@ -26,6 +26,7 @@ class StableDiffusionPipeline(Pipeline):
       "ff": r"ff/(net_0/proj|net_2)$",
       "conv": r"(resnets_\d+/(conv1|conv2|conv_shortcut)|samplers_0/conv)$",
   }
+  starts_at_zero = "^conv_out/"
   # What the UNet is told besides the text: `addition_embed_type`.
   added = None
 

@@ -42,6 +42,8 @@ class StableDiffusion3Pipeline(Pipeline):
       "attention": r"attn2?/(to_(q|k|v|out_0|add_out)|add_(q|k|v)_proj)$",
       "ff": r"ff(_context)?/(net_0/proj|net_2)$",
   }
+  # AdaLN-Zero: every block is the identity, and the output zero.
+  starts_at_zero = r"((norm1|norm1_context|norm_out)/linear|^proj_out)/kernel$"
 
   @classmethod
   def make_networks(cls, configs, dtype, remat):

@@ -1,8 +1,8 @@
 """Training of the embedded emoji world from drawings: autoencoder, denoiser, scorers.
 
-Each is a `Task`, in a file of its own; `loop.run` trains any of them. Order: `emoji_vae`, then
-`emoji` (UNet and text encoder, on the autoencoder's latents), `emoji_clip`, `emoji_judge`, and
-for scenes `scene_clip`, `scene_judge` and `scene_check`.
+Each is a `Task`; `loop.run` trains any of them. Order: `emoji_vae`, then on its latents `emoji`
+(UNet), `emoji_sd3` (transformer) and `signs` (one for words), each with its text encoders;
+`emoji_clip`, `emoji_judge`, and for scenes `scene_clip`, `scene_judge` and `scene_check`.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,9 @@ from jaxalign.errors import UserError
 
 TASKS = {
     "emoji_vae": "jaxalign.pretrain.autoencoder",
-    "emoji": "jaxalign.pretrain.denoiser",
+    "emoji": "jaxalign.pretrain.scene_denoisers:emoji",
+    "emoji_sd3": "jaxalign.pretrain.scene_denoisers:emoji_sd3",
+    "signs": "jaxalign.pretrain.sign_denoiser",
     "emoji_clip": "jaxalign.pretrain.scorers:emoji_clip",
     "emoji_judge": "jaxalign.pretrain.scorers:emoji_judge",
     "scene_check": "jaxalign.pretrain.crops",
@@ -52,6 +54,12 @@ class Task(NamedTuple):
   loss: Callable
   look: Callable
   save: Callable
+
+
+class Kind(NamedTuple):
+  """One of several tasks of a module, which offers what a module of `TASKS` does."""
+  Config: type
+  make: Callable
 
 
 def load(name: str):

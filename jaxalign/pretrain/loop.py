@@ -105,7 +105,7 @@ def _run(cfg, path, devices, stack) -> dict:
   checkpoints.tidy()
   if step:
     tqdm.write(f"resumed at step {step}")
-  workdir.open_metrics(step, tensorboard=True)
+  workdir.open_metrics(step, ("tensorboard",))
 
   clock, pending = time.monotonic(), None
 

@@ -14,8 +14,9 @@ from jaxalign.config import schema
 from jaxalign.config.fields import NonNegative
 from jaxalign.methods.shared.optimizer import learning_rate
 
-# Inputs and outputs of a network are no hidden matrices, nor is anything that is looked up.
-_BY_ADAM = ("conv_in", "conv_out")
+# Inputs and outputs of a network are no hidden matrices, nor is anything that is looked up; what
+# scales and shifts a transformer's tokens ("linear") starts at zero, and Muon knows no small step.
+_BY_ADAM = ("conv_in", "conv_out", "pos_embed", "proj_out", "linear")
 
 
 @dataclasses.dataclass(frozen=True)

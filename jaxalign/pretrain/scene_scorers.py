@@ -22,9 +22,9 @@ from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import SCORERS, save_scorer
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.pretrain import Look, Task, painting
-from jaxalign.pretrain.denoiser import NO_STYLE, Captions, world
-from jaxalign.pretrain.scorers import Kind, as_stored, described, towers
+from jaxalign.pretrain import Kind, Look, Task, painting
+from jaxalign.pretrain.scene_denoisers import NO_STYLE, Captions, world
+from jaxalign.pretrain.scorers import as_stored, described, towers
 
 WRONG = ("subject", "layout", "colour", "style")
 

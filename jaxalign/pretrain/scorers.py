@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from jaxalign.emoji.scorers import ASSETS, SCORERS, save_scorer
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.models.vae import decode_images, encode_images
-from jaxalign.pretrain import Look, Task, autoencoder
+from jaxalign.pretrain import Kind, Look, Task, autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,12 +193,6 @@ def described(name: str, model: dict, cfg, record) -> dict:
       "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
       "steps": record["steps"], "seconds": record["seconds"]},
       "figures": {key.removeprefix("eval/"): value for key, value in record["figures"].items()}}
-
-
-class Kind(NamedTuple):
-  """What the registry needs of a scorer."""
-  Config: type
-  make: Callable
 
 
 def make(name: str, cfg: Config) -> Task:

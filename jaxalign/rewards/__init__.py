@@ -11,7 +11,9 @@ Other packages add rewards through the entry point group `jaxalign.rewards`; eac
 a function without arguments that returns a `Reward` or a `HostReward`.
 """
 import dataclasses
+import inspect
 import math
+import re
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import registry
-from jaxalign.config.credentials import hidden
+from jaxalign.config.credentials import JUDGE, hidden
 from jaxalign.config.source import one_line
 from jaxalign.devices import callbacks, sharding
 from jaxalign.errors import UserError
@@ -80,12 +82,15 @@ class HostReward:
     range: values that `score` can take and their unit, in words.
     parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
     opened: as that of a `Reward`.
+    keep: `(pathlib.Path)`, told the folder of the run, where it may keep what it asked for. None
+      where it has no use for that.
   """
   name: str
   score: Callable[[np.ndarray, list[str]], np.ndarray]
   range: str = ""
   parts: tuple[tuple[str, float, "HostReward"], ...] = ()
   opened: Callable[[Any], Any] | None = None
+  keep: Callable[[Any], None] | None = None
 
   @property
   def weights(self) -> dict[str, float]:
@@ -115,13 +120,16 @@ REWARDS = {
     "jpeg_incompressibility": "jaxalign.rewards.rules:jpeg_incompressibility",
 }
 # The same for those that take WHERE their weights lie, in `reward.names` as NAME:WHERE;
-# docs/rewards.md says what WHERE is.
+# docs/rewards.md says what WHERE is. Some know where, and settings alone may follow, NAME#...
 PRETRAINED = {
     "aesthetic": "jaxalign.rewards.clip_towers:aesthetic",
     "clip_score": "jaxalign.rewards.clip_towers:clip_score",
     "hpsv2": "jaxalign.rewards.clip_towers:hpsv2",
     "hpsv2.1": "jaxalign.rewards.clip_towers:hpsv2_1",
     "image_reward": "jaxalign.rewards.image_reward:image_reward",
+    "ocr": "jaxalign.rewards.ocr:ocr",
+    "ocr_exact": "jaxalign.rewards.ocr:ocr_exact",
+    "ocr_judge": "jaxalign.rewards.ocr:ocr_judge",
     "pickscore": "jaxalign.rewards.clip_towers:pickscore",
 }
 
@@ -135,8 +143,8 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
 
   Args:
     names: config key `reward.names`: names in `REWARDS` or from an entry point, `NAME:WHERE` with a
-      name in `PRETRAINED`, `path/to/file.py:function`, or a URL. No name twice. Without WHERE in
-      what is returned, unless it tells two of one name apart.
+      name in `PRETRAINED`, `path/to/file.py:function`, a URL, or `vlm:URL`. No name twice. Without
+      WHERE in what is returned, unless it tells two of one name apart.
     weights: config key `reward.weights`, one finite number for each name, in raw units of its term.
   Raises:
     UserError: for anything that the config or the user's file gets wrong.
@@ -180,6 +188,13 @@ def reweighted(reward: Reward | HostReward, weights: dict[str, float]) -> Reward
   """The weighted sum `reward` with other weights, of which it is a function of the same params."""
   names, _, parts = zip(*reward.parts)
   return _summed(names, tuple(weights[name] for name in names), parts)
+
+
+def keep_answers(reward: Reward | HostReward, folder) -> None:
+  """Tells the parts of a reward which folder, a `pathlib.Path`, is that of their run."""
+  for _, _, part in reward.parts:
+    if isinstance(part, HostReward) and part.keep:
+      part.keep(folder)
 
 
 def _on_mesh(reward: Reward, mesh) -> Reward:
@@ -256,10 +271,12 @@ def _short(names: tuple[str, ...]) -> tuple[str, ...]:
   def short(name):
     if name.startswith(("http://", "https://")):
       return name
+    if name.startswith(JUDGE):
+      return dict(urllib.parse.parse_qsl(name.partition("#")[2])).get("name") or "vlm"
     if ".py:" in name:
       spec, _, settings = name.partition("#")
       return dict(urllib.parse.parse_qsl(settings)).get("name", spec)
-    return name.partition(":")[0] if name.partition(":")[0] in PRETRAINED else name
+    return _pretrained(name) or name
   short = [short(name) for name in names]
   return tuple(s if short.count(s) == 1 else n for s, n in zip(short, names))
 
@@ -273,16 +290,21 @@ def find(name: str) -> Reward | HostReward:
   if name.startswith(("http://", "https://")):
     from jaxalign.rewards.http import http_reward
     return http_reward(name)
+  if name.startswith(JUDGE):
+    from jaxalign.rewards.vlm import vlm_reward
+    return vlm_reward(name)
   if ".py:" in name:
     from jaxalign.rewards.user import load_user_reward
     return load_user_reward(name)
-  short, _, where = name.partition(":")
-  if short in PRETRAINED:
-    if not where:
+  short = _pretrained(name)
+  if short:
+    where, load = name[len(short):].removeprefix(":"), registry.resolve(PRETRAINED[short])
+    needed = inspect.signature(load).parameters["where"].default is inspect.Parameter.empty
+    if needed and not where:
       raise UserError(f"reward.names: '{short}' needs its weights: write {short}:WHERE, and see "
                       "docs/rewards.md for what WHERE is")
     try:
-      return registry.resolve(PRETRAINED[short])(where)
+      return load(where)
     except UserError as error:
       raise UserError(f"reward.names: '{short}': {error}") from error
   added = registry.added("reward", REWARDS)
@@ -291,8 +313,14 @@ def find(name: str) -> Reward | HostReward:
   if name not in REWARDS:
     raise UserError(f"reward.names: unknown reward '{hidden(name)}'; choose from "
                     f"{', '.join(sorted({*REWARDS, *added}))}, NAME:WHERE with one of "
-                    f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
+                    f"{', '.join(PRETRAINED)}, path/to/file.py:function, a URL, or vlm:URL")
   return registry.resolve(REWARDS[name])()
+
+
+def _pretrained(name: str) -> str:
+  """Which of `PRETRAINED` is named, alone or before ":" or "#"; "" if none is."""
+  short = re.match("[^:#]*", name)[0]
+  return short if short in PRETRAINED else ""
 
 
 def _pick(prepared, name):

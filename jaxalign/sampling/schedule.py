@@ -208,6 +208,16 @@ class Schedule:
       return (len(self.alphas) - 1) * shifted(sigma, self.shift)
     return jax.random.randint(key, shape, 0, len(self.alphas)).astype(jnp.float32)
 
+  def quantile(self, share):
+    """The times below which a part `share`, in [0, 1), of those of training lies; f32.
+
+    For batches that are spread evenly over time, where `draw_t` draws each time by itself.
+    """
+    if self.is_flow:
+      sigma = jax.nn.sigmoid(jax.scipy.special.ndtri(share))
+      return (len(self.alphas) - 1) * shifted(sigma, self.shift)
+    return jnp.floor(share * len(self.alphas))
+
   def coefficients(self, alpha, sigma):
     """`(p, q), (r, w)` with `x0_hat = p x - q o` and `eps_hat = r x + w o`, numpy or JAX."""
     return _ESTIMATES[self.prediction](alpha, sigma)

@@ -88,6 +88,13 @@ class Checkpointer:
     processes.barrier("checkpoints tidied")
     self._manager.reload()
 
+  def forget_from(self, step: int) -> None:
+    """Deletes checkpoints of this step and of later ones."""
+    self.wait()
+    with self._errors("write"):
+      for later in [s for s in self._manager.all_steps() if s >= step]:
+        self._manager.delete(later)
+
   def restore(self, like, step: int | None = None):
     """`(state, progress)`, placed and typed like the tree `like`; all processes must call this.
 

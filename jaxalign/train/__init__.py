@@ -28,8 +28,12 @@ def start_devices(cfg: Config, devices=None) -> None:
     sharding.use_cores(cfg.check_devices)
 
 
-def run(cfg: Config, path, devices=None) -> dict:
+def run(cfg: Config, path, devices=None, on_step=None, on_look=None) -> dict:
   """Runs, or continues, `cfg` in the folder `path`; returns the summary.
+
+  Args:
+    on_step: `(step, values)`, called with what each row of metrics.jsonl gets, in process 0.
+    on_look: `(step, samples, prompts)`, called with the pictures of each look (`Samples`).
 
   Raises:
     UserError: the config, a file, a reward or the disk is at fault; checkpoints written before
@@ -40,8 +44,11 @@ def run(cfg: Config, path, devices=None) -> dict:
   start_devices(cfg, devices)
   jax.config.update("jax_threefry_partitionable", True)
   module = inference if cfg.at_inference else loop
+  if cfg.eval.judge == "emoji_judge" and not cfg.model.path.startswith("jaxalign:"):
+    processes.say("eval.judge='emoji_judge' knows emoji only; for other pictures name one that "
+                  "knows them, such as --config.eval.judge=clip_score:DIR (docs/rewards.md)")
   try:
-    summary = module.run(cfg, pathlib.Path(path), devices)
+    summary = module.run(cfg, pathlib.Path(path), devices, on_step, on_look)
     # Process 0 alone writes results; a scheduler may end the run when any of the others exits.
     processes.barrier("results written")
     return summary

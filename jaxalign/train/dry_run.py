@@ -10,7 +10,7 @@ import numpy as np
 from jaxalign import methods
 from jaxalign.config.schema import Config
 from jaxalign.data.pairs import open_pairs
-from jaxalign.data.prompts import read_prompts
+from jaxalign.data.prompts import read_prompts, read_sets
 from jaxalign.devices import rng, sharding
 from jaxalign.rewards import Reward
 from jaxalign.train.experiment import Experiment, build, gather, placed_shapes, stored
@@ -27,9 +27,15 @@ def describe(cfg: Config, devices=None) -> str:
     UserError: what the run itself would refuse: a key or a file of the config, its prompts.
   """
   at_inference = cfg.at_inference
-  held_out = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
-  prompts = [] if at_inference else read_prompts("data.prompts", cfg.data.prompts)
   pairs = open_pairs(cfg.data.pairs, cfg.data.ties) if cfg.reads_pairs else None
+  if at_inference:
+    held_out = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
+    prompts = []
+  else:
+    sets = read_sets(cfg.data.prompts, cfg.data.eval_prompts, cfg.eval.prompts,
+                     pairs.captions if pairs else ())
+    held_out, prompts = sets.evaluation, sets.training
+    pairs = pairs and pairs.without(sets.held_out)
   exp = build(cfg, devices)
   models = exp.models
   method = methods.make(cfg.method_name, models, cfg.method, cfg.optim)
@@ -46,9 +52,10 @@ def describe(cfg: Config, devices=None) -> str:
   cut = exp.pipeline.cut(prompts + held_out + list(pairs.captions if pairs else ()))
   lines += [cut, ""] if cut else [""]
   lines += _sizes(exp, state, at_inference)
-  lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}; "
-            f"{exp.pipeline.denoiser_name} parameters by partition:"]
-  lines += sharding.sharding_table(models.frozen["base"]["params"], exp.mesh)
+  lines += ["", f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}"]
+  if exp.mesh.size > 1:                              # on one device nothing is split
+    lines[-1] += f"; {exp.pipeline.denoiser_name} parameters by partition:"
+    lines += sharding.sharding_table(models.frozen["base"]["params"], exp.mesh)
 
   cond = jax.tree.map(lambda a: a[:1], exp.embed([""]))
   x = jnp.zeros((1,) + models.latent_shape)

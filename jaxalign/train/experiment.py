@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.config.schema import Config
-from jaxalign.data.prompts import read_prompts
+from jaxalign.data.prompts import some_prompt
 from jaxalign.devices import memory, processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods import Models
@@ -101,7 +101,7 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
     for key, size in (("sample.batch", cfg.sample.batch), ("eval.batch", cfg.eval.batch)):
       memory.check_fits(f"{key}={size}", size, (*pipeline.image_size, 3))
   trial = lambda gradient: Trial(
-      pipeline.image_size, read_prompts("data.eval_prompts", cfg.data.eval_prompts),
+      pipeline.image_size, some_prompt(cfg.data.prompts, cfg.data.eval_prompts),
       cfg.method_name, gradient, outline)
   reward = open_reward(reward, lambda: trial(gradient=True), mesh)
   judge = open_reward(judge, lambda: trial(gradient=False), mesh).parts[0][2]

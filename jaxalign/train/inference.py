@@ -17,18 +17,19 @@ from jaxalign.config.schema import Config
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, rng
 from jaxalign.methods import best_of_n
+from jaxalign.rewards import keep_answers
 from jaxalign.storage.checkpoint import Checkpointer
-from jaxalign.train import steps
+from jaxalign.train import alarm, steps
 from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe
 from jaxalign.train.experiment import build
 from jaxalign.train.report import (
   before_and_after,
+  finish,
   judge_progress,
   peak_bytes,
   read_finished,
   save_pictures,
   spread,
-  summary_table,
   watch_metrics,
   write_product,
 )
@@ -36,17 +37,17 @@ from jaxalign.train.search import Search, means
 from jaxalign.train.workdir import Workdir
 
 
-def run(cfg: Config, path: pathlib.Path, devices=None) -> dict:
-  """Runs, or continues, `cfg` in the folder `path`; returns the summary.
+def run(cfg: Config, path: pathlib.Path, devices=None, on_step=None, on_look=None) -> dict:
+  """Runs, or continues, `cfg` in the folder `path`; returns the summary. See `train.run`.
 
   Raises:
     UserError: the config, a file or a reward is at fault; checkpoints written before stay.
   """
   with contextlib.ExitStack() as stack:      # closes files and finishes writing whatever happens
-    return _run(cfg, path, devices, stack)
+    return _run(cfg, path, devices, stack, on_step, on_look)
 
 
-def _run(cfg, path, devices, stack) -> dict:
+def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   # ------------------------------------------------------------------ workdir
   say = processes.say
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
@@ -62,6 +63,7 @@ def _run(cfg, path, devices, stack) -> dict:
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   workdir.create()
   stack.callback(workdir.close)
+  keep_answers(exp.reward, workdir.path)
   search = Search(exp, method, prompts)
   total = search.total
   held = sum(a.nbytes for a in jax.tree.leaves(search.state)) / 2**20
@@ -75,6 +77,7 @@ def _run(cfg, path, devices, stack) -> dict:
 
   # ------------------------------------------------------------------ base model
   evaluate = Evaluator(exp)
+  workdir.keep_prompts(prompts, prompts)
   images_of = lambda noise, label: evaluate(None, prompts, cfg.eval.samples, noise=noise,
                                             label=label)
   base = workdir.cached("base", lambda: images_of(search.product(), "base model"))
@@ -96,7 +99,7 @@ def _run(cfg, path, devices, stack) -> dict:
   step, saved = steps.resume(cfg, workdir, checkpoints, search.state, progress)
   if step:
     search.state = saved
-  workdir.open_metrics(step, cfg.log.tensorboard)
+  workdir.open_metrics(step, cfg.log.to, on_step)
 
   # ------------------------------------------------------------------ optimisation
   if not step:
@@ -116,10 +119,15 @@ def _run(cfg, path, devices, stack) -> dict:
   def look(step):
     """The evaluation of this step: what it adds to the log; judges progress."""
     samples = images_of(search.product(), f"watching step {step}")
+    workdir.keep("watch", samples)
+    if on_look is not None and processes.is_main():
+      on_look(step, samples, prompts)
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, prompts, cfg)
     seen = watch_metrics(samples, base)
     progress.update(judge_progress(cfg, progress, step, seen))
-    return seen
+    logged, after = alarm.look(cfg, progress, step, samples, base)
+    progress.update(after)
+    return {**seen, **logged}
 
   def ended(step):
     if not progress["last"] or step < progress["last"]:
@@ -149,7 +157,7 @@ def _run(cfg, path, devices, stack) -> dict:
       "recipe": cfg.recipe, "steps": step, "images": total, "seconds": progress["seconds"],
       "total_seconds": round(time.monotonic() - started, 1),
       "device": f"{exp.mesh.devices.flat[0].platform} x{exp.mesh.size}",
-      "stopped": progress["stopped"], "base": describe(base),
+      "stopped": progress["stopped"], "alarms": progress["alarms"], "base": describe(base),
       "tuned": compare(tuned, base, base_again),
       "cost": {**cost, "equal_candidates": best_of_n.equal_candidates(exp.models, cost, total),
                "update_bytes": search.update_bytes, "peak_bytes": peak_bytes(exp)},
@@ -157,8 +165,7 @@ def _run(cfg, path, devices, stack) -> dict:
   if getattr(cfg.method, "rival", False):
     summary["best_of_n"] = run_rival(cfg, path, devices, summary["cost"]["equal_candidates"])
     summary["total_seconds"] = round(time.monotonic() - started, 1)
-  workdir.write_json("summary.json", summary)
-  say(summary_table(summary))
+  finish(workdir, cfg, summary)
   if "best_of_n" in summary:
     rival = summary["best_of_n"]
     say(f"best of {rival['candidates']} at the same cost: reward {rival['reward']['mean']:.4f} ± "

@@ -3,6 +3,7 @@ import functools
 import pathlib
 import tempfile
 
+from jaxalign.config.nearest import suggestion
 from jaxalign.config.schema import SampleConfig
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
@@ -44,6 +45,22 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
       raise UserError(f"model.path={path}: no model of this name is shipped")
     return load(folder)
   return load(path)
+
+
+def model_path(name: str) -> pathlib.Path:
+  """The folder or file that a flag like `--checkpoint` names; `jaxalign:NAME` is a shipped model.
+
+  Raises:
+    UserError: no model of that name is shipped.
+  """
+  if not name.startswith("jaxalign:"):
+    return pathlib.Path(name)
+  folder = ASSETS / name.removeprefix("jaxalign:")
+  if not (folder / "model_index.json").is_file():
+    known = sorted(f"jaxalign:{file.parent.name}" for file in ASSETS.glob("*/model_index.json"))
+    raise UserError(f"{name}: no model of this name is shipped{suggestion(name, known)}; there are "
+                    f"{', '.join(known)}")
+  return folder
 
 
 def own_sampler(pipeline: Pipeline) -> SampleConfig:

@@ -2,6 +2,7 @@
 import json
 import pathlib
 import resource
+import shlex
 
 import jax
 import numpy as np
@@ -11,8 +12,11 @@ from jaxalign import metrics, viz
 from jaxalign.config.schema import Config
 from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
+from jaxalign.reports.page import plain_sentence, write_report
+from jaxalign.reports.reading import Run, read_summary
 from jaxalign.rewards import check_scores, mixture
 from jaxalign.storage.files import whole_folder
+from jaxalign.train import alarm
 from jaxalign.train.experiment import Experiment
 
 
@@ -31,7 +35,7 @@ def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
   values = {name: float(v) for name, v in jax.device_get(values).items()}
   terms = jax.device_get(terms)
   callbacks.check()
-  values.update(callbacks.seconds())
+  values.update(callbacks.numbers())
   terms = {name: check_scores(name, v, prompts) for name, v in terms.items()}
   for name, scores in terms.items():
     values["train/reward" if len(terms) == 1 else f"train/reward/{name}"] = float(scores.mean())
@@ -119,32 +123,6 @@ def write_product(folder: pathlib.Path, prompts, noise, best_step, base, tuned) 
     (new / "instances.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
-# What every summary has, and of which type.
-_SUMMARY = {"recipe": str, "steps": int, "seconds": (int, float), "total_seconds": (int, float),
-            "device": str, "stopped": str, "base": dict, "tuned": dict, "cost": dict}
-
-
-def read_summary(folder: pathlib.Path) -> dict | None:
-  """The summary of the run in `folder`; None if it has none.
-
-  Raises:
-    UserError: the file is damaged.
-  """
-  file = folder / "summary.json"
-  try:
-    summary = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{file}: not the summary of a run ({error}); delete it, and the run's command "
-                    "makes it anew") from error
-  for key, kind in _SUMMARY.items():
-    if not isinstance(summary, dict) or not isinstance(summary.get(key), kind):
-      raise UserError(f"{file}: not the summary of a run ({key} is missing or of another type); "
-                      "delete it, and the run's command makes it anew")
-  return summary
-
-
 def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
   """The summary of a run that needs nothing more, or None."""
   summary = read_summary(path)
@@ -152,6 +130,7 @@ def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
     return None
   more_time = summary["stopped"].startswith("train.max_seconds") and (
       not cfg.train.max_seconds or summary["seconds"] < cfg.train.max_seconds)
+  more_time |= cfg.train.alarm in ("off", "warn") and summary["stopped"].startswith(alarm.STOPPED)
   done = summary["steps"] >= cfg.train.steps or (summary["stopped"] and not more_time)
   return summary if done else None
 
@@ -163,19 +142,55 @@ def peak_bytes(exp: Experiment) -> int:
   return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def summary_table(summary: dict) -> str:
-  """The comparison that a person wants to read at the end."""
+def finish(workdir, cfg: Config, summary: dict) -> None:
+  """Writes `summary.json` and `report.html`, and says what came of the run and what to do next."""
+  workdir.write_json("summary.json", summary)
+  processes.say(summary_table(summary))
+  if processes.is_main():
+    run, = write_report([workdir.path], workdir.path / "report.html")
+    processes.say(closing(workdir.path, cfg, run))
+
+
+def closing(path: pathlib.Path, cfg: Config, run: Run) -> str:
+  """The last lines of a run: what it means, where it is, how to see and to use it."""
+  lines = [plain_sentence(run), f"see it:     {path / 'report.html'}"]
+  if cfg.at_inference:
+    return "\n".join([*lines, f"pictures:   {path / 'product' / 'images'}"])
+  prompt = shlex.quote(run.prompts[0]) if run.prompts else "FILE"
+  kind = json.loads((path / "export" / "model_index.json").read_text())["_class_name"]
+  sample = cfg.sample
+  own = f"num_inference_steps={sample.steps}, guidance_scale={sample.guidance:g}"
+  if sample.kind == "ddim" and kind.startswith("StableDiffusion") and "3" not in kind:
+    own += f", eta={sample.eta:g}"
+  return "\n".join([
+      *lines, f"draw more:  python -m jaxalign.sample --checkpoint={shlex.quote(str(path))} "
+      f"--prompts={prompt} --output=out",
+      f"diffusers:  {kind}.from_pretrained({str(path / 'export')!r})(prompt, {own})"])
+
+
+_pm = lambda d: f"{d['mean']:.4f} ± {d.get('sem', float('nan')):.4f}"
+
+
+def results_table(base: dict | None, tuned: dict) -> str:
+  """Scores of two models side by side, or, without a base model, of one."""
+  if base is None:
+    return "\n".join(f"{name:16s}{_pm(value):>20s}" for name, value in tuned.items())
   lines = [f"{'':16s}{'base':>20s}{'tuned':>20s}{'change':>24s}"]
-  pm = lambda d: f"{d['mean']:.4f} ± {d.get('sem', float('nan')):.4f}"
-  for name, tuned in summary["tuned"].items():
+  for name, value in tuned.items():
     if name in ("fd_to_base", "kl_to_base"):
       continue
-    change = tuned["change"]
+    change = value["change"]
     in_std = name == "reward" and "mean_in_std" in change
     stds = f" ({change['mean_in_std']:+.2f} std)" if in_std else ""
-    columns = pm(summary["base"][name]), pm(tuned), pm(change)
+    columns = _pm(base[name]), _pm(value), _pm(change)
     lines.append(f"{name:16s}" + "".join(f"{c:>20s}" for c in columns) + stds)
+  return "\n".join(lines)
+
+
+def summary_table(summary: dict) -> str:
+  """The comparison that a person wants to read at the end."""
   tuned = summary["tuned"]
+  lines = [results_table(summary["base"], tuned)]
   lines.append(f"diversity kept: {100 * tuned['diversity']['ratio_to_base']:.1f} % of base")
   if "exact_tilt" in summary and "diversity" in summary["exact_tilt"]:
     tilt = summary["exact_tilt"]
@@ -187,7 +202,7 @@ def summary_table(summary: dict) -> str:
     lines.append(f"Frechet distance to base {tuned['fd_to_base']['distance']:.4f} "
                  f"(base to itself {tuned['fd_to_base']['floor']:.4f})")
   if "kl_to_base" in tuned:
-    lines.append(f"path KL to base {pm(tuned['kl_to_base'])} nats")
+    lines.append(f"path KL to base {_pm(tuned['kl_to_base'])} nats")
   lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s of training, "
                f"{summary['total_seconds']:.0f} s in all on {summary['device']}")
   return "\n".join(lines)

@@ -8,15 +8,16 @@ import numpy as np
 
 from jaxalign import methods
 from jaxalign.config import recipes, schema
+from jaxalign.config.nearest import suggestion
 from jaxalign.convert import load_pipeline
-from jaxalign.data.prompts import read_prompts
+from jaxalign.data.prompts import some_prompt
 from jaxalign.devices import rng
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
+from jaxalign.reports.reading import read_summary
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
-from jaxalign.train.policy import policy_weights
-from jaxalign.train.report import read_summary
+from jaxalign.train.policy import adapters_of, policy_weights
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
@@ -39,7 +40,8 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
     UserError: the directory is none of these, or damaged.
   """
   if not checkpoint.exists():
-    raise UserError(f"--checkpoint={checkpoint}: no such file or directory")
+    near = suggestion(str(checkpoint), map(str, checkpoint.parent.glob("*")))
+    raise UserError(f"--checkpoint={checkpoint}: no such file or directory{near}")
   cfg = run_config(checkpoint)
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")
@@ -54,10 +56,11 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   return exp.pipeline.with_weights(policy_weights(cfg, policy, exp.pipeline.weights))
 
 
-def load_adapter_of(checkpoint: pathlib.Path):
-  """The LoRA factors that a run has tuned: those of its export, or of its latest checkpoint.
+def load_adapters_of(checkpoint: pathlib.Path) -> tuple[dict, str]:
+  """The LoRA factors of a run: network -> tree, and the name of the denoiser among them.
 
-  And the name of the network that they are for, `Pipeline.denoiser_name`.
+  Those that it has tuned, of its export or its latest checkpoint. And of each text encoder those
+  that `model.lora` has for it, which the run's images owe as much to; empty where it has none.
 
   Raises:
     UserError: the directory is not that of a run with `model.adapter="lora"`, or damaged.
@@ -67,7 +70,10 @@ def load_adapter_of(checkpoint: pathlib.Path):
     raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
                     "(model.adapter=lora), so there is none to export")
   exp, policy = _policy(checkpoint, cfg)
-  return policy, exp.pipeline.denoiser_name
+  start = adapters_of(cfg, exp.pipeline) if cfg.model.lora else {}
+  name = exp.pipeline.denoiser_name
+  return {name: policy, **{other: start.get(other, {})
+                           for other in exp.pipeline.text_encoders}}, name
 
 
 def _summary(checkpoint: pathlib.Path) -> dict | None:
@@ -84,7 +90,7 @@ def _policy(checkpoint: pathlib.Path, cfg: schema.Config):
   # On one device, whatever the run itself has.
   cfg = dataclasses.replace(cfg, mesh=schema.MeshConfig(1))
   exp = build(cfg, jax.devices()[:1])
-  table = exp.prompt_table(read_prompts("data.prompts", cfg.data.prompts)[:1])
+  table = exp.prompt_table(some_prompt(cfg.data.prompts, cfg.data.eval_prompts)[:1])
   zeros = np.zeros(cfg.sample.batch, np.int32)
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   key = rng.stream(jax.random.key(cfg.seed), rng.INIT)

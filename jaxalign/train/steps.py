@@ -1,4 +1,5 @@
 """The steps of a run, whatever one of them is: clock, looks, checkpoints, and how the run ends."""
+import signal
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import Stopped, UserError
 from jaxalign.storage.checkpoint import Checkpointer
+from jaxalign.train import alarm
 from jaxalign.train.workdir import Workdir
 
 AGREE_EVERY = 10         # steps between questions that several processes must answer alike
@@ -20,7 +22,7 @@ def begin(judge: float) -> dict:
   saved, on SIGTERM, before the evaluation of that step.
   """
   return {"seconds": 0.0, "best_step": 0, "below_base": 0, "stopped": "", "look_due": False,
-          "best_judge": judge}
+          "best_judge": judge, **alarm.begin()}
 
 
 def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, progress: dict):
@@ -43,6 +45,8 @@ def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, pr
   if not cfg.train.max_seconds or progress["seconds"] < cfg.train.max_seconds:
     if progress["stopped"].startswith("train.max_seconds"):
       progress["stopped"] = ""             # it was given more time
+  if cfg.train.alarm in ("off", "warn") and progress["stopped"].startswith(alarm.STOPPED):
+    progress["stopped"] = ""               # it is to go on all the same
   processes.say(f"resumed at step {checkpoints.restored}")
   return checkpoints.restored, saved
 
@@ -61,7 +65,7 @@ def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dic
     content: `() -> tree`; what a checkpoint holds.
     ended: `step -> str`; why the run ends after that step, or "".
   Raises:
-    Stopped: SIGTERM; the state is saved.
+    Stopped: SIGTERM or Ctrl-C; the state is saved.
   """
   before, clock, pending = progress["seconds"], time.monotonic(), None
 
@@ -91,7 +95,9 @@ def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dic
         progress["look_due"] = due
         checkpoints.save(step, content(), progress)
         checkpoints.wait()
-        raise Stopped(f"stopped by SIGTERM and saved at step {step}")
+        by_hand = notice.asked == signal.SIGINT
+        raise Stopped(f"stopped by {'Ctrl-C' if by_hand else 'SIGTERM'} and saved at step {step}",
+                      130 if by_hand else 143)
       if due:
         settle(lambda: look(step))
         clock, before = time.monotonic(), seconds          # evaluation is not training time

@@ -7,15 +7,11 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 
 import numpy as np
 from flax import traverse_util
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from jaxalign.config.credentials import hidden
 from jaxalign.config.recipes import completed
@@ -23,13 +19,28 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 from jaxalign.storage import lock
-from jaxalign.storage.files import sweep, whole
+from jaxalign.storage.files import PARTIAL, delete, sweep, whole
 from jaxalign.train.evaluation import Samples
+from jaxalign.train.sinks import Callback, open_sinks
 
 # What may differ between a run and its continuation: how long it goes on, and what it logs.
-FREE_KEYS = ("train.steps", "train.max_seconds", "train.keep", "log.tensorboard",
+FREE_KEYS = ("train.steps", "train.max_seconds", "train.keep", "train.alarm",
+             "log.to",
              "log.grid_prompts")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy")
+
+
+# What a run leaves that has not taken a step.
+BEFORE_STEPS = ("config.json", "metrics.jsonl", "evaluations", "samples", "tensorboard",
+                "wandb", "mlflow.db", "trackio",
+                "checkpoints", "sound", "pairs.npy", "pairs_origin.npy")
+
+
+def has_begun(path: pathlib.Path) -> bool:
+  """Whether the run in a folder has taken a step that was logged or saved."""
+  metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
+  return ((path / "summary.json").exists() or metrics.exists() and metrics.stat().st_size > 0
+          or checkpoints.is_dir() and any(p.name.isdecimal() for p in checkpoints.iterdir()))
 
 
 class Workdir:
@@ -49,18 +60,23 @@ class Workdir:
     self.path, self._config = path, config
     self._contents = {key: hashlib.sha256("\n".join(lines).encode()).hexdigest()
                       for key, lines in (contents or {}).items()}
-    self._metrics = self._board = self._lock = None
+    self._metrics = self._lock = None
+    self._sinks = []
+    self._anew = False                   # what another run left before its first step is to go
     self._last = 0, {}                   # where the last row of metrics.jsonl begins, and the row
     record = path / "config.json"
     try:
       if record.exists():
         old = json.loads(record.read_text())
-        self._check_same(old["config"], config.to_dict())
-        for key, digest in old.get("contents", old.get("prompts", {})).items():
-          if self._contents.get(key, digest) != digest:
-            raise UserError(f"--workdir={path}: belongs to another run: the contents of {key} have "
-                            "changed since; choose another --workdir")
-      elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
+        try:
+          self._check_same(old["config"], config.to_dict())
+          self._check_contents(old.get("contents", old.get("prompts", {})))
+        except UserError:
+          if has_begun(path):
+            raise
+          self._anew = True                # it died before its first step, and owns nothing
+      elif path.exists() and not all(file.name == lock.FILE or file.name.startswith(PARTIAL)
+                                     for file in path.iterdir()):     # of a run killed as it began
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise UserError(f"--workdir={path}: {error}") from error
@@ -83,6 +99,11 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock.Lock(self.path, f"--workdir={self.path}")
         sweep(self.path)
+        if self._anew:
+          processes.say(f"{self.path}: what was there had another config and not taken a step; "
+                        "begun anew")
+          for name in BEFORE_STEPS:
+            delete(self.path / name)
         content = {"config": self._config.to_dict(), "contents": self._contents,
                    "environment": environment()}
         self.write_json("config.json", content)
@@ -105,6 +126,12 @@ class Workdir:
         raise UserError(f"--workdir={self.path}: belongs to another run: {key} was "
                         f"{old.get(key)!r} and is {new.get(key)!r} now; choose another --workdir")
 
+  def _check_contents(self, old: dict[str, str]) -> None:
+    for key, digest in old.items():
+      if self._contents.get(key, digest) != digest:
+        raise UserError(f"--workdir={self.path}: belongs to another run: the contents of {key} "
+                        "have changed since; choose another --workdir")
+
   def _check_there(self) -> None:
     """UserError if the folder was deleted or replaced since this run took it."""
     if self._lock is not None:
@@ -118,14 +145,21 @@ class Workdir:
     with whole(self.path / name) as file:
       file.write_text(json.dumps(content, indent=2) + "\n")
 
-  def open_metrics(self, step: int, tensorboard: bool) -> None:
+  def open_metrics(self, step: int, to: tuple[str, ...] = (), on_step=None) -> None:
     """Cuts metrics.jsonl back to `step` and opens it for appending.
 
     Rows that cannot be read are left out, each for itself, and counted on the screen.
+
+    Args:
+      to: services that get the numbers too, `log.to`. on_step: a function `(step, values)`.
+    Raises:
+      UserError: a service is not there, or refuses.
     """
     if not processes.is_main():
       return
-    file = self.path / "metrics.jsonl"
+    for opened in [*filter(None, [self._metrics]), *self._sinks]:
+      opened.close()
+    self._last, file = (0, {}), self.path / "metrics.jsonl"
     rows, damaged = {}, 0
     for line in file.read_bytes().split(b"\n") if file.exists() else []:
       try:
@@ -145,11 +179,12 @@ class Workdir:
     self._metrics = file.open("a")
     if rows:
       self._last = sum(map(len, lines[:-1])), list(rows.values())[-1]
-    if tensorboard:
-      self._board = Board(self.path / "tensorboard", step + 1)
+    self._sinks = open_sinks(to, self.path, self._config.to_dict(), step)
+    if on_step is not None:
+      self._sinks.append(Callback(on_step))
 
   def log(self, step: int, seconds: float, values: dict[str, float]) -> None:
-    """The row of a step in metrics.jsonl, or what is added to it; and the same to TensorBoard.
+    """The row of a step in metrics.jsonl, or what is added to it; and the same to the sinks.
 
     Raises:
       UserError: the folder was deleted or replaced.
@@ -164,17 +199,17 @@ class Workdir:
     self._last = self._metrics.tell(), row
     self._metrics.write(json.dumps(row) + "\n")
     self._metrics.flush()
-    if self._board:
-      self._board.add(step, values)
+    for sink in self._sinks:
+      sink.add(step, values)
 
   def close(self) -> None:
     """Closes all of it, whatever a full disk says to one part."""
     with contextlib.ExitStack() as stack:
       if self._lock is not None:
         stack.callback(self._lock.release)
-      for file in (self._metrics, self._board):
-        if file is not None:
-          stack.callback(file.close)
+      for file in [*filter(None, [self._metrics]), *self._sinks]:
+        stack.callback(file.close)
+      self._metrics, self._sinks = None, []
 
   def cached(self, name: str, draw) -> Samples:
     """Samples from `NAME.npz`, or from `draw()`, which are then kept there."""
@@ -189,6 +224,12 @@ class Workdir:
     self.keep(name, samples)
     return samples
 
+  def keep_prompts(self, held_out: list[str], watched: list[str]) -> None:
+    """Writes which prompts the pictures of evaluations and of looks are of, in order."""
+    if processes.is_main():
+      (self.path / "evaluations").mkdir(exist_ok=True)
+    self.write_json("evaluations/prompts.json", {"held_out": held_out, "watched": watched})
+
   def keep(self, name: str, samples: Samples) -> None:
     """Writes Samples to `NAME.npz`, whole or not at all."""
     if not processes.is_main():
@@ -198,30 +239,6 @@ class Workdir:
     file.parent.mkdir(exist_ok=True)
     with whole(file) as partial:
       np.savez(partial, **samples.arrays())
-
-
-class Board:
-  """Event files of TensorBoard, written at once: no thread has anything to say when a disk is full.
-
-  Args:
-    step: the first one to come; later ones of files that are there already are not shown any more.
-  """
-
-  def __init__(self, folder: pathlib.Path, step: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    self._file = EventsWriter(str(folder / "events"))
-    self._write(step=step, session_log=SessionLog(status=SessionLog.START))
-
-  def add(self, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items():
-      self._write(step=step, summary=scalar(name, value))
-
-  def _write(self, **content) -> None:
-    self._file.write_event(Event(wall_time=time.time(), **content))
-    self._file.flush()
-
-  def close(self) -> None:
-    self._file.close()
 
 
 def environment() -> dict:

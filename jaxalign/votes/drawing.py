@@ -21,7 +21,8 @@ def draw(checkpoint: str, prompts: str, folder: pathlib.Path, *, n: int, seed: i
   """
   file = pathlib.Path(prompts)
   text = file.read_bytes() if len(prompts) < 255 and file.is_file() else prompts.encode()
-  wanted = {"checkpoint": str(pathlib.Path(checkpoint).resolve()),
+  shipped = checkpoint.startswith("jaxalign:")
+  wanted = {"checkpoint": checkpoint if shipped else str(pathlib.Path(checkpoint).resolve()),
             "prompts": hashlib.sha256(text).hexdigest(), "n": n, "seed": seed}
   note = folder / "drawn.json"
   with contextlib.suppress(OSError, ValueError, RecursionError):     # a damaged note is none

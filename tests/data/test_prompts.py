@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxalign.data.prompts import read_prompts
+from jaxalign.data.prompts import read_prompts, read_sets
 from jaxalign.errors import UserError
 
 THREE = ["a cat, anime", "a dog", "a bird"]
@@ -79,3 +79,48 @@ def test_missing_file_and_column(tmp_path):
   pq.write_table(pa.table({"words": THREE}), tmp_path / "a.parquet")
   with pytest.raises(UserError, match=r"has no column prompt or caption or text; there are words"):
     read_prompts("data.prompts", str(tmp_path / "a.parquet"))
+
+
+def write(folder, name, prompts):
+  (folder / name).write_text("\n".join(prompts))
+  return str(folder / name)
+
+
+def test_some_prompts_are_held_out_where_none_are_named(tmp_path):
+  mine = [f"a prompt of number {k}" for k in range(100)]
+  file = write(tmp_path, "mine.txt", [*mine, mine[3]])        # one of them twice
+  sets = read_sets(file, "", 32)
+  assert len(sets.evaluation) == 10 and sets.held_out == sets.evaluation
+  assert not set(sets.training) & set(sets.evaluation)
+  assert set(sets.training) | set(sets.evaluation) == set(mine)
+  assert "held out of them" in str(sets) and repr(sets.training[0]) in str(sets)
+  # The same ones whatever the order, and mostly those whatever else joins the file.
+  again = read_sets(write(tmp_path, "again.txt", mine[::-1]), "", 32)
+  assert set(again.evaluation) == set(sets.evaluation)
+  more = read_sets(write(tmp_path, "more.txt", [*mine, "another"]), "", 32)
+  assert len(set(more.evaluation) & set(sets.evaluation)) >= 9
+  assert len(read_sets(file, "", 4).evaluation) == 4
+  assert len(read_sets(write(tmp_path, "few.txt", mine[:12]), "", 32).evaluation) == 4
+
+
+def test_too_few_to_spare_any_are_judged_by_themselves_and_that_is_said(tmp_path):
+  sets = read_sets(write(tmp_path, "one.txt", ["a fox in snow"]), "", 32)
+  assert sets.training == sets.evaluation == ["a fox in snow"] and not sets.held_out
+  assert "Some are the same" in str(sets)
+
+
+def test_captions_of_pairs_take_the_place_of_prompts(tmp_path):
+  captions = [f"caption {k % 20}" for k in range(60)]
+  sets = read_sets("", "", 32, captions)
+  assert len(sets.held_out) == 4 and len(sets.training) == 16
+  other = write(tmp_path, "other.txt", ["x", "y"])
+  assert read_sets("", other, 1, captions).evaluation == ["x"]
+  with pytest.raises(UserError, match="data.prompts is empty"):
+    read_sets("", other, 0)
+
+
+def test_two_files_stay_what_they_are(tmp_path):
+  a, b = write(tmp_path, "a.txt", ["a", "b"]), write(tmp_path, "b.txt", ["c", "d"])
+  sets = read_sets(a, b, 1)
+  assert (sets.training, sets.evaluation, sets.held_out) == (["a", "b"], ["c"], [])
+  assert str(sets) == "2 training prompts ('a', 'b'); judged on 1 others ('c')"

@@ -26,7 +26,7 @@ def main(argv):
     state = {str(i): jnp.arange(3e4) + i for i in range(8)}
     checkpoints.restore(state) if checkpoints.latest_step() else None
     start = checkpoints.restored
-    workdir.open_metrics(start, tensorboard=True)
+    workdir.open_metrics(start, ("tensorboard",))
     for step in range(start + 1, 6):
       workdir.log(step, 1.0, {f"train/{i}": 1.0 for i in range(20)})
       checkpoints.save(step, state, {})

@@ -91,8 +91,20 @@ def trained(name: str, family: str, count: int):
   return states, products, logged, references, traces["update"]
 
 
+def one_by_one(names):
+  """A fixture `name` that takes each of the parameters `names` through all tests of a file, then
+  lets go of its programs: those of all methods together are more than a process may map."""
+  @pytest.fixture(scope="module", params=names)
+  def name(request):
+    yield request.param
+    for cached in (trained, program, experiment):
+      cached.cache_clear()
+    jax.clear_caches()
+  return name
+
+
 class Battery:
-  """To be derived from with a `family`, a key of `FAMILIES`, and a fixture `name`: the methods."""
+  """To be derived from with a `family`, a key of `FAMILIES`, beside a fixture `name`: a method."""
   family: str
 
   def test_an_update(self, name):
@@ -137,7 +149,8 @@ class Battery:
     error, size = optax.tree.norm(jax.tree.map(jnp.subtract, ours, theirs)), optax.tree.norm(ours)
     assert error <= 2e-3 * size, error / size
     for key, value in logged[1].items():
-      np.testing.assert_allclose(logged_by_eight[1][key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+      # A divergence is quadratic in the update, and has twice its relative error.
+      np.testing.assert_allclose(logged_by_eight[1][key], value, rtol=4e-3, atol=1e-5, err_msg=key)
 
   @pytest.mark.slow
   def test_bfloat16_is_finite(self, name):

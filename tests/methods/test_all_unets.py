@@ -5,15 +5,12 @@ transformer, where all methods run.
 """
 import pytest
 from battery import METHODS
-from network_battery import Battery
+from network_battery import Battery, one_by_one
 
 ALWAYS = {"nabla_gfn"}
+name = one_by_one([pytest.param(method, marks=[pytest.mark.slow] * (method not in ALWAYS))
+                   for method in METHODS])
 
 
 class TestUnets(Battery):
   family = "unet"
-
-  @pytest.fixture(params=[
-      pytest.param(name, marks=[pytest.mark.slow] * (name not in ALWAYS)) for name in METHODS])
-  def name(self, request):
-    return request.param

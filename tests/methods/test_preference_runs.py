@@ -88,6 +88,8 @@ def test_a_run_on_pairs_that_have_changed_is_not_continued(tmp_path, key, value)
     raise KeyboardInterrupt
   with mock.patch.object(loop, "Evaluator", interrupted), pytest.raises(KeyboardInterrupt):
     loop.run(cfg, tmp_path / "run", jax.devices()[:1])
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file_of_metrics:
+    file_of_metrics.write('{"step": 1, "seconds": 1.0}\n')     # else the folder would be free
   rows[1][key] = rows[1].get(value, value)
   rows[1]["label_1"] = 1 - rows[1]["label_0"]
   pq.write_table(pa.Table.from_pylist(rows), file)

@@ -1,5 +1,6 @@
 """Transformer of Stable Diffusion 3: goldens, parity with diffusers, names, sizes, remat."""
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxalign.models import lora, mmdit
 from jaxalign.models.architectures import ARCHITECTURES
 from jaxalign.models.mmdit import SD3Transformer2DModel
 from jaxalign.models.pipeline import random_params
+from jaxalign.models.stable_diffusion_3 import StableDiffusion3Pipeline
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -226,7 +228,11 @@ def test_a_scalar_time_is_one_for_all_and_times_are_not_rounded():
 
 def test_new_networks_start_at_the_identity():
   model, _, variables = new("dual")
-  params = mmdit.start_at_identity(variables["params"])
+  zero, flat = StableDiffusion3Pipeline.starts_at_zero, traverse_util.flatten_dict(
+      variables["params"], sep="/")
+  params = traverse_util.unflatten_dict({
+      path: np.zeros_like(leaf) if re.search(zero, path) else leaf for path, leaf in flat.items()},
+      sep="/")
   assert jax.tree.structure(params) == jax.tree.structure(variables["params"])
   apply = jax.jit(model.apply)
   assert not np.any(apply({**variables, "params": params}, *inputs()))

@@ -13,12 +13,19 @@ from jaxalign import pretrain
 from jaxalign.config.recipes import load_recipe
 from jaxalign.convert import load_pipeline
 from jaxalign.emoji import drawings as emoji
-from jaxalign.emoji import latents, quality, reader, scenes, scorer_quality, words
+from jaxalign.emoji import latents, quality, reader, scenes, scorer_quality, signs, words
 from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import ASSETS, load_scorer
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
-from jaxalign.pretrain import autoencoder, denoiser, loop, optimizer, scorers
+from jaxalign.pretrain import (
+    autoencoder,
+    loop,
+    optimizer,
+    scene_denoisers,
+    scorers,
+    sign_denoiser,
+)
 from jaxalign.pretrain.config import parse
 from jaxalign.rewards import Reward
 from jaxalign.storage.checkpoint import Checkpointer
@@ -50,7 +57,7 @@ def recipe(name: str, arg: str, folder):
   config = load_recipe(f"{ROOT / 'configs' / name}.py:{arg}")
   if name == "pretrain_emoji_scorers":
     config.task.drawings = str(folder / "emoji.npz")
-  else:
+  elif name != "pretrain_signs":
     config.task.artwork = str(folder / "artwork.npz")
   return config
 
@@ -119,16 +126,28 @@ def test_a_batch_is_the_same_on_several_devices(folder, drawings):
 
 
 @pytest.mark.slow
-def test_denoiser_recipe_writes_a_model_that_loads(vae_run, folder):
-  config = recipe("pretrain_emoji", "smoke", folder)
+@pytest.mark.parametrize("name, arg", [("pretrain_emoji", "smoke"), ("pretrain_emoji", "smoke_sd3"),
+                                       ("pretrain_signs", "smoke")])
+def test_denoiser_recipe_writes_a_model_that_loads(vae_run, folder, name, arg):
+  config = recipe(name, arg, folder)
   config.task.vae = str(folder / "vae_run" / "export")
-  summary = loop.run(parse(config), folder / "unet_run")
-  assert 0 <= summary["figures"]["eval/colour"] <= 1
-  pipeline = load_pipeline(folder / "unet_run" / "export")
-  assert pipeline.denoiser.config.block_out_channels == (32, 32)
-  assert pipeline.scheduler_config["prediction_type"] == "v_prediction"
+  workdir = folder / f"{name}_{arg}"
+  summary = loop.run(parse(config), workdir)
+  figure = "exact" if name == "pretrain_signs" else "colour"
+  assert 0 <= summary["figures"][f"eval/{figure}"] <= 1
+  pipeline = load_pipeline(workdir / "export")
+  if (name, arg) == ("pretrain_emoji", "smoke"):
+    assert pipeline.denoiser.config.block_out_channels == (32, 32)
+    assert pipeline.scheduler_config["prediction_type"] == "v_prediction"
+  else:
+    assert pipeline.denoiser.config.width == 32 and "post_quant_conv" not in pipeline.params["vae"]
   images = quality.draw(pipeline, ["a cat on a red background"] * 3)
   assert images.shape == (3, 64, 64, 3) and np.isfinite(images).all()
+  # Whoever goes on from there begins with what was learnt.
+  config.task.init = str(workdir / "export")
+  start = pretrain.load(config.task.name).make(parse(config).task).init(jax.random.key(0))
+  np.testing.assert_array_equal(jax.tree.leaves(start[pipeline.denoiser_name])[0],
+                                jax.tree.leaves(pipeline.weights)[0])
 
 
 @pytest.mark.slow
@@ -215,17 +234,21 @@ def test_muon_moves_hidden_kernels_and_adam_the_rest():
     np.testing.assert_allclose(np.abs(leaf), 1e-3, rtol=1e-3)             # Adam's first step
 
 
-@pytest.fixture(scope="module")
-def scene_task(vae_run, folder):
-  return denoiser.make(denoiser.Config(
+@pytest.fixture(scope="module", params=["unet", "transformer"])
+def scene_task(vae_run, folder, request):
+  size = {"unet": {"widths": (32,), "text_layers": 1},
+          "transformer": {"width": 32, "layers": 2, "text_layers": 2}}[request.param]
+  kind = {"unet": scene_denoisers.UNetConfig,
+          "transformer": scene_denoisers.TransformerConfig}[request.param]
+  return scene_denoisers.make(kind(
       artwork=str(folder / "artwork.npz"), vae=str(folder / "vae_run" / "export"), subjects=4,
-      widths=(32,), text_width=32, text_layers=1, batch=64, caption_dropout=0.5))
+      text_width=32, batch=64, caption_dropout=0.5, **size))
 
 
 def test_captions_in_two_parts_are_those_of_the_tokenizer():
   table = scenes.table(worlds.NAMES, np.ones((4, 12), bool), lambda scene: True)
   tokenizer = words.tokenizer()
-  captions = denoiser.Captions.of(table, worlds.NAMES, tokenizer)
+  captions = scene_denoisers.Captions.of(table, worlds.NAMES, tokenizer)
   row = np.arange(len(table.first))
   colour, style = row % 12, row % 4
   tokens = captions.tokens(row, colour, style, tokenizer.bos_id, tokenizer.length)
@@ -238,9 +261,9 @@ def test_captions_in_two_parts_are_those_of_the_tokenizer():
 def test_denoiser_learns_only_what_is_not_held_out(scene_task):
   batch = jax.jit(scene_task.draw)(scene_task.tables, jax.random.key(0))
   tokens = np.asarray(batch["tokens"])
-  empty = (tokens == scene_task.tables["empty"]).all(1)
-  assert 16 < empty.sum() < 48
   table, tokenizer = scene_task.tables["scenes"], words.tokenizer()
+  empty = (tokens == tokenizer([""])).all(1)
+  assert 16 < empty.sum() < 48
   allowed = {row.tobytes() for r in range(len(table.first)) for row in tokenizer([
       scenes.caption(table.scene(r, c, worlds.NAMES, style))
       for c in np.flatnonzero(table.colours[r]) for style in (*STYLES, "")])}
@@ -248,24 +271,50 @@ def test_denoiser_learns_only_what_is_not_held_out(scene_task):
   np.testing.assert_array_equal(np.diff(np.sort(batch["t"])) >= 0, True)
   assert np.ptp(np.asarray(batch["t"])) > 900
   # A network that predicts nothing at first has the velocity's size as its loss.
-  loss, _ = jax.jit(scene_task.loss)(scene_task.init(jax.random.key(1)), batch)
-  abar = np.linspace(0.00085 ** 0.5, 0.02 ** 0.5, 1000, dtype=np.float64) ** 2
-  abar = np.cumprod(1 - abar)[np.asarray(batch["t"])][:, None, None, None]
-  velocity = np.sqrt(abar) * batch["noise"] - np.sqrt(1 - abar) * batch["latents"]
+  params = scene_task.init(jax.random.key(1))
+  loss, _ = jax.jit(scene_task.loss)(params, batch)
+  if "unet" in params:
+    abar = np.linspace(0.00085 ** 0.5, 0.02 ** 0.5, 1000, dtype=np.float64) ** 2
+    abar = np.cumprod(1 - abar)[np.asarray(batch["t"], int)][:, None, None, None]
+    velocity = np.sqrt(abar) * batch["noise"] - np.sqrt(1 - abar) * batch["latents"]
+  else:
+    velocity = batch["noise"] - batch["latents"]
   np.testing.assert_allclose(loss, np.square(velocity).mean(), rtol=1e-3)
 
 
 def test_scenes_that_are_asked_for_and_what_was_right():
-  trained, held_out = denoiser.world_of(worlds.drawings().take(slice(0, 4)), worlds.NAMES)
+  trained, held_out = scene_denoisers.world_of(worlds.drawings().take(slice(0, 4)), worlds.NAMES)
   assert all(not scenes.held_out(scene) for scene in
-             denoiser.ask(trained, worlds.NAMES, 8, np.random.default_rng(0)))
-  for scene in denoiser.ask(held_out, worlds.NAMES, 8, np.random.default_rng(0)):
+             scene_denoisers.ask(trained, worlds.NAMES, 8, np.random.default_rng(0)))
+  for scene in scene_denoisers.ask(held_out, worlds.NAMES, 8, np.random.default_rng(0)):
     kind = "pair" if scene.relation else "number" if scene.number > 1 else "colour"
     assert scenes.held_out(scene) == (kind,)
   right = reader.Reading(True, ("cat",) * 4, "red", ("noto",))
-  figures = denoiser.scores([scenes.Scene(("cat",), 1, "", "red"),
+  figures = scene_denoisers.scores([scenes.Scene(("cat",), 1, "", "red"),
                              scenes.Scene(("dog",), 1, "", "red", "3d")], [right, right])
   assert figures["single"] == 0.5 and figures["colour"] == 1.0 and figures["style"] == 0.0
+
+
+def test_signs_are_captioned_as_they_are_spelt_without_what_is_held_out():
+  content = sign_denoiser.content()
+  images, tokens = content.draw(content.tables, jax.random.key(0), 96)
+  letters, colour, _ = signs.draw(jax.random.key(0), 96, signs.TRAINED)
+  spelt = ["".join(signs.LETTERS[i] for i in row if i >= 0) for row in np.asarray(letters)]
+  np.testing.assert_array_equal(tokens, content.tokenizer([
+      signs.caption(word, scenes.COLOURS[c]) for word, c in zip(spelt, colour)]))
+  assert signs.read(images) == spelt
+  assert not any(map(signs.is_new, spelt)) and "Q" not in "".join(spelt)
+  generator = np.random.default_rng(0)
+  assert all(map(signs.is_new, sign_denoiser.ask(32, generator, True)))
+  assert not any(map(signs.is_new, sign_denoiser.ask(32, generator, False)))
+
+
+def test_what_is_no_sign_is_not_read():
+  noise = np.random.default_rng(0).uniform(size=(3, 64, 64, 3))
+  assert all(set(word) == {"?"} for word in signs.read([*noise, np.ones((64, 64, 3))]))
+  word = signs.render(signs.spell(["CAT"]), np.ones((1, 3)), np.array([[2, -1]]))
+  hazy = np.asarray(word) + np.random.default_rng(1).normal(0, 0.1, (1, 64, 64, 3))
+  assert signs.read(hazy.clip(0, 1)) == ["CAT"]
 
 
 def test_scorer_batch_is_what_it_says(drawings):

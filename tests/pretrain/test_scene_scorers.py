@@ -16,7 +16,7 @@ from jaxalign.errors import UserError
 from jaxalign.pretrain import crops as crops_task
 from jaxalign.pretrain import loop
 from jaxalign.pretrain.config import parse
-from jaxalign.pretrain.denoiser import NO_STYLE
+from jaxalign.pretrain.scene_denoisers import NO_STYLE
 from jaxalign.pretrain.scene_scorers import Rows, Said, loss_of, near_misses, true_of
 
 NAMES = worlds.NAMES

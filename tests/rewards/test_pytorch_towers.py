@@ -52,7 +52,7 @@ def test_newcomer_gets_from_the_page_to_a_run(folder, tmp_path):
   assert words[:3] == ["python", "-m", "jaxalign.launch"] and len(words) == 5
   words = [word.replace("jaxalign:nabla_gfn", "jaxalign:nabla_gfn:smoke") for word in words]
   small = {"data.prompts": runs.TRAIN, "data.eval_prompts": runs.HELD_OUT, "mesh.data": 1,
-           "train.steps": 1, "log.tensorboard": False}
+           "train.steps": 1, "log.to": ()}
   done = subprocess.run(
       [sys.executable, *words[1:], f"--workdir={tmp_path}/run",
        *(f"--config.{key}={value}" for key, value in small.items())],

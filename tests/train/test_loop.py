@@ -30,7 +30,7 @@ def largest_difference(left, right):
 
 def test_config_json():
   content = json.loads((runs.finished() / "config.json").read_text())
-  assert content["config"] == runs.smoke(log__tensorboard=True).to_dict()
+  assert content["config"] == runs.smoke(log__to=("tensorboard",)).to_dict()
   environment = content["environment"]
   assert environment["jax"] == jax.__version__ and {"flax", "optax", "python"} <= environment.keys()
 
@@ -111,7 +111,7 @@ def test_export_is_the_base_with_the_adapter_in_it():
 def test_second_call_says_finished(capsys):
   path = runs.finished()
   before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
-  assert loop.run(runs.smoke(log__tensorboard=True), path)["steps"] == 3
+  assert loop.run(runs.smoke(log__to=("tensorboard",)), path)["steps"] == 3
   assert "finished" in capsys.readouterr().out
   assert {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()} == before
 

@@ -144,7 +144,7 @@ def test_usage_of_the_script():
 
 def command(count, path, **overrides) -> list[str]:
   keys = {"data.prompts": runs.TRAIN, "data.eval_prompts": runs.HELD_OUT, "mesh.data": count,
-          "log.tensorboard": False, **STRONG, **overrides}
+          "log.to": (), **STRONG, **overrides}
   return [str(SCRIPT), str(count), "--config=configs/nabla_gfn.py:smoke", f"--workdir={path}",
           *(f"--config.{key}={value}" for key, value in keys.items())]
 

@@ -37,7 +37,7 @@ def test_a_damaged_summary_is_one_line(tmp_path, content):
 def open_workdir(path, step=9):
   workdir = Workdir(path, runs.smoke())
   workdir.create()
-  workdir.open_metrics(step, tensorboard=False)
+  workdir.open_metrics(step)
   return workdir
 
 
@@ -78,6 +78,46 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     open_workdir(tmp_path / "run")
   workdir.close()
   open_workdir(tmp_path / "run").close()
+
+
+def test_a_run_that_has_not_taken_a_step_does_not_own_its_folder(tmp_path, capsys):
+  path, other = tmp_path / "run", runs.smoke(optim__lr=0.5)
+  open_workdir(path).close()
+  (path / "evaluations").mkdir()
+  for name in ("evaluations/base.npz", "notes.txt"):
+    (path / name).write_text("of the first run")
+  workdir = Workdir(path, other)
+  assert (path / "evaluations" / "base.npz").exists()      # `create` takes the folder, no one else
+  workdir.create()
+  assert "not taken a step; begun anew" in capsys.readouterr().out
+  assert not (path / "evaluations").exists() and (path / "notes.txt").exists()
+  assert json.loads((path / "config.json").read_text())["config"] == other.to_dict()
+  workdir.open_metrics(0)
+  workdir.log(1, 1.0, {"a": 1.0})
+  workdir.close()
+  with pytest.raises(UserError, match="belongs to another run: optim.lr was 0.5"):
+    Workdir(path, runs.smoke())
+
+
+def test_a_run_at_work_owns_its_folder_from_the_start(tmp_path):
+  workdir = open_workdir(tmp_path / "run")
+  with pytest.raises(UserError, match="in use by process"):
+    Workdir(tmp_path / "run", runs.smoke(optim__lr=0.5)).create()
+  workdir.close()
+
+
+def test_what_a_run_killed_as_it_began_has_left_is_no_other_runs(tmp_path):
+  """The lock, and config.json half written."""
+  run = tmp_path / "run"
+  run.mkdir()
+  for name in (".lock", ".partial.a-host.123.config.json"):
+    (run / name).write_text("")
+  open_workdir(run).close()
+  assert (run / "config.json").exists() and not list(run.glob(".partial*"))
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "notes.txt").write_text("mine")
+  with pytest.raises(UserError, match="not empty, and no run of jaxalign"):
+    open_workdir(tmp_path / "other")
 
 
 def test_a_folder_that_went_away_ends_the_run(tmp_path):

@@ -1,6 +1,8 @@
 """The clock and the end of a run's steps, without a model; killing and resuming is test_resume."""
 import gc
 import json
+import os
+import signal
 import time
 
 import jax
@@ -9,7 +11,8 @@ import pytest
 
 import runs
 from jaxalign import train
-from jaxalign.errors import UserError
+from jaxalign.devices import processes
+from jaxalign.errors import Stopped, UserError
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import steps
 from jaxalign.train.experiment import build
@@ -28,7 +31,7 @@ class Late:
     return self
 
 
-def take(folder, seconds, ended=lambda step: "", **overrides):
+def take(folder, seconds, ended=lambda step: "", late=Late, **overrides):
   """Runs steps that return at once and last so long; the log, the progress and the last step."""
   cfg = runs.smoke(**overrides)
   workdir, log, state = Workdir(folder, cfg), [], {"a": np.zeros(2)}
@@ -39,7 +42,7 @@ def take(folder, seconds, ended=lambda step: "", **overrides):
   def report(bar, step, spent, values, look):
     del bar, values
     log.append((step, spent, look()))
-  step = steps.take(cfg, workdir, checkpoints, progress, 0, advance=lambda step: Late(seconds),
+  step = steps.take(cfg, workdir, checkpoints, progress, 0, advance=lambda step: late(seconds),
                     report=report, look=lambda step: {"looked": step}, content=lambda: state,
                     ended=ended)
   checkpoints.close()
@@ -60,6 +63,40 @@ def test_a_reason_to_end_is_kept_with_the_last_checkpoint(tmp_path):
                              train__steps=9, train__checkpoint_every=9, eval__every=0)
   assert step == len(log) == 2 and progress["stopped"] == "enough"
   assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("number, status, name", [
+    (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_run_that_is_asked_to_end_saves_its_step(tmp_path, monkeypatch, number, status, name):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell may have ignored it
+  monkeypatch.setattr(Workdir, "log", lambda *args: None)
+
+  class Asked(Late):
+    def block_until_ready(self):
+      os.kill(os.getpid(), number)
+      return self
+  try:
+    with pytest.raises(Stopped, match=f"stopped by {name} and saved at step 2") as stopped:
+      take(tmp_path / "run", 0.0, late=Asked, train__steps=9, train__checkpoint_every=9,
+           eval__every=2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert stopped.value.status == status
+  assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, capsys):
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(KeyboardInterrupt), processes.Notice() as notice:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert notice.at(1)
+      assert "Ctrl-C again ends the run at once" in capsys.readouterr().out
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_result_without_checkpoints_is_not_trained_over(tmp_path):
