@@ -12,7 +12,7 @@ from jaxalign.config.command import Flags, run_command
 from jaxalign.convert import save_adapter, save_pipeline
 from jaxalign.errors import UserError
 from jaxalign.train.opening import model_path
-from jaxalign.train.restore import load_adapter_of, load_tuned
+from jaxalign.train.restore import load_adapters_of, load_tuned
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
@@ -31,9 +31,9 @@ def main(argv) -> None:
   checkpoint, lora = model_path(_CHECKPOINT.value), _FORMAT.value == "lora"
   try:
     if lora:
-      adapter, denoiser = load_adapter_of(checkpoint)
-      save_adapter(adapter, _OUTPUT.value, denoiser, dtype=_DTYPE.value,
-                   style=_NAMES.value)
+      adapters, denoiser = load_adapters_of(checkpoint)
+      save_adapter(adapters.pop(denoiser), _OUTPUT.value, denoiser, text_encoders=adapters,
+                   dtype=_DTYPE.value, style=_NAMES.value)
     else:
       save_pipeline(load_tuned(checkpoint), _OUTPUT.value, format=_FORMAT.value, dtype=_DTYPE.value)
   except OSError as error:

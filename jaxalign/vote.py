@@ -4,7 +4,8 @@ People choose between two pictures in a browser. `DIR` of the first two is a fol
 `jaxalign.sample`, or a model (a run's folder, a checkpoint directory) whose pictures are drawn
 first, for `--prompts=FILE`. One model: pairs of its pictures, to train on. `--against`, once for
 each other model: which is preferred, blind. Without `--checkpoint`, counts what `--output` holds.
-Ctrl-C ends the vote; the same command goes on with it. Writes `votes.jsonl`, `pairs.parquet`, on
+Ctrl-C ends the vote; the same command goes on with it. With `--voter=vlm:URL#model=NAME`, once for
+each, a vision-language model votes in place of people. Writes `votes.jsonl`, `pairs.parquet`, on
 which `--config.data.pairs=DIR` trains, and `verdict.json`.
 """
 import contextlib
@@ -16,6 +17,7 @@ import sys
 import threading
 
 from jaxalign.config.command import Flags, run_command
+from jaxalign.config.credentials import is_loopback
 from jaxalign.errors import UserError
 from jaxalign.storage.files import whole
 
@@ -30,6 +32,8 @@ _VOTES = _FLAGS.define("integer", "votes", 100, "Asked of each voter, at most.",
 _REPEATS = _FLAGS.define("float", "repeats", 0.1, "Share of them asked again, sides swapped.",
                          lower_bound=0.0, upper_bound=0.5)
 _VOTERS = _FLAGS.define("list", "voters", ["me"], "Names, with commas; each gets a link.")
+_VOTER = _FLAGS.define("multi_string", "voter", [], "vlm:URL#model=NAME, a model that votes; once "
+                       "for each of several.")
 _ALPHA = _FLAGS.define("float", "alpha", 0.05, "Error rate of the rule that ends a vote between "
                        "two models early; 0 never ends it.", lower_bound=0.0, upper_bound=0.5)
 _HOST = _FLAGS.define("string", "host", "127.0.0.1", "Address to serve on; 0.0.0.0 for others.")
@@ -65,11 +69,16 @@ def report(result: dict) -> str:
 
 def main(argv) -> None:
   del argv
-  try:
-    import starlette  # noqa: F401
-    import uvicorn  # noqa: F401
-  except ImportError as error:
-    raise UserError(f"jaxalign.vote needs {error.name}: pip install 'jaxalign[vote]'") from error
+  voters = {}
+  if _VOTER.value:
+    from jaxalign.votes.judge import open_voters
+    voters = open_voters(_VOTER.value)
+  else:
+    try:
+      import starlette  # noqa: F401
+      import uvicorn  # noqa: F401
+    except ImportError as error:
+      raise UserError(f"jaxalign.vote needs {error.name}: pip install 'jaxalign[vote]'") from error
   from jaxalign.votes.ballot import Ballot
   from jaxalign.votes.gallery import Gallery, open_gallery
   from jaxalign.votes.store import Log, read_events
@@ -87,9 +96,13 @@ def main(argv) -> None:
                    for k, (name, flag) in enumerate(zip(names, flags))]
         gallery = open_gallery(names, folders, output)
       ballot = Ballot(gallery, log.append, read_events(output), votes=_VOTES.value,
-                      repeats=_REPEATS.value, seed=_SEED.value)
+                      repeats=0.0 if voters else _REPEATS.value, seed=_SEED.value)
       try:
-        if _CHECKPOINT.value is not None:
+        if voters:                       # who are asked in both orders anyway
+          from jaxalign.votes.judge import vote
+          for voter, judge in voters.items():
+            vote(ballot, output, voter, judge, lambda: _decided(ballot))
+        elif _CHECKPOINT.value is not None:
           _serve(ballot, output)
       finally:
         _count(ballot, output)
@@ -108,20 +121,22 @@ def _pictures(name: str, flag: str, drawn: pathlib.Path) -> pathlib.Path:
   return draw(name, _PROMPTS.value, drawn, n=_N.value, seed=_SEED.value)
 
 
+def _decided(ballot) -> bool:
+  """Whether the vote may end early."""
+  from jaxalign.votes.statistics import evidence, rate_between, table
+  return bool(len(ballot.gallery.models) == 2 and _ALPHA.value
+              and evidence(rate_between(table(ballot))) >= 1 / _ALPHA.value)
+
+
 def _serve(ballot, output: pathlib.Path) -> None:
   """Until Ctrl-C or SIGTERM."""
-  from jaxalign.votes.server import is_loopback, make_app, open_links, serving
-  from jaxalign.votes.statistics import evidence, rate_between, table
-
-  def decided() -> bool:
-    return bool(len(ballot.gallery.models) == 2 and _ALPHA.value
-                and evidence(rate_between(table(ballot))) >= 1 / _ALPHA.value)
+  from jaxalign.votes.server import make_app, open_links, serving
   voters = [name.strip() for name in _VOTERS.value if name.strip()]
   if not voters:
     raise UserError("--voters is empty: name at least one")
   links = open_links(output, voters)
   loopback = is_loopback(_HOST.value)
-  app = make_app(ballot, output, links, decided, loopback)
+  app = make_app(ballot, output, links, lambda: _decided(ballot), loopback)
   stop = threading.Event()
   before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
   try:

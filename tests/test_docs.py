@@ -42,6 +42,15 @@ def test_what_files_says_of_errors_is_printed():
     assert cell == "no line" or cell.strip("`") in code, cell
 
 
+def test_what_files_says_of_errors_is_tested():
+  """Every phrase is in a test, but for what it leaves open in braces."""
+  tests = "".join(file.read_text().replace("\\", "") for file in
+                  (runs.ROOT / "tests").rglob("test_*.py") if file.name != "test_docs.py")
+  for row in rows_of_files():
+    for part in re.split(r"\{.*?\}", row[3].strip("`")):
+      assert part == "no line" or part in tests, row
+
+
 def test_every_command_of_files_is_one():
   text = (runs.ROOT / "docs" / "files.md").read_text()
   source = (runs.ROOT / "jaxalign" / "export.py").read_text()

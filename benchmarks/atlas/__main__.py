@@ -1,6 +1,6 @@
 """What every method converges to, where the truth is known: makes docs/atlas.md and its pictures.
 
-  python -m benchmarks.atlas [--only=NAME,NAME]
+  python -m benchmarks.atlas [--only=NAME;NAME] [--page]
 
 Rows are kept in `.cache/atlas`, so that a run that was stopped goes on, and one after a change of
 an entry computes that entry's rows only. A change of the code asks for `--fresh`.
@@ -34,12 +34,14 @@ def kept(world: str, path: str, entry) -> pathlib.Path:
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--only", default="", help="names of entries; computes these, no page")
+  parser.add_argument("--page", action="store_true",
+                      help="compute nothing: the page of the rows there are")
   parser.add_argument("--fresh", action="store_true", help="compute rows that are kept, too")
   args = parser.parse_args()
   CACHE.mkdir(parents=True, exist_ok=True)
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "programs"))
-  wanted = args.only.split(",") if args.only else [entry.name for entry in ENTRIES]
+  wanted = args.only.split(";") if args.only else [entry.name for entry in ENTRIES]
   jobs = [(world, path, entry) for path in PATHS for world in WORLDS for entry in ENTRIES
           if entry.name in wanted]
   found, seconds = {}, 0.0
@@ -47,6 +49,8 @@ def main():
     for world, path, entry in bar:
       bar.set_postfix_str(f"{entry.name}, {world}, {path}")
       file = kept(world, path, entry)
+      if args.page and not file.exists():
+        continue
       if args.fresh or not file.exists():
         # What runs for less time than its compilation takes is compiled quickly.
         jax.config.update("jax_disable_most_optimizations", world == "line")

@@ -16,8 +16,9 @@ ENTRIES = (
     Entry("svdd", dict(RAW, candidates=8), "another law",
           "Softmax of the clean estimate's reward without weights: near the tilt, and off where "
           "the estimate misleads.", updates=0),
-    Entry("svdd", dict(RAW, candidates=8, select="argmax"), "mode",
-          "The best at every step, whatever the strength.", updates=0, label="svdd, argmax"),
+    Entry("svdd", dict(RAW, candidates=8, select="argmax"), "another law",
+          "The best at every step, whatever the strength: far up, and masses as they were.",
+          updates=0, label="svdd, argmax"),
     Entry("best_of_n", {}, "another law",
           "Of N samples the best: N is the only strength, and the law has the shape of no tilt.",
           strength="candidates", updates=2),
@@ -30,7 +31,8 @@ ENTRIES = (
           "Without a flow net the reward's gradient at the clean estimate stands for the value's: "
           "right within a mode, and hardly moves mass between modes."),
     Entry("nabla_gfn", dict(RAW, flow=True, reverse="lean"), "tilt given the noise",
-          "The flow net learns what the estimate leaves out.", label="nabla_gfn, flow net"),
+          "The flow net is to learn what the estimate leaves out; at its default rate these few "
+          "updates do not show it.", label="nabla_gfn, flow net"),
     Entry("adjoint_matching", RAW, "tilt given the noise",
           "The value's gradient is carried back through the base's chain; policies whose steps "
           "keep their variance fall short of the tilt by order 1 / steps."),

@@ -199,7 +199,7 @@ def mode(models, beta):
   return Law(CENTRE, float(models.sampler.std[-1] ** 2))
 
 
-THEORY = {"fk_steering": tilt, "das": tilt, "svdd": candidates, "svdd, argmax": mode,
+THEORY = {"fk_steering": tilt, "das": tilt, "svdd": candidates,
           "dno": climbed, "nabla_gfn": forward_looking, "nabla_gfn, flow net": control,
           "adjoint_matching": control, "dpok": control, "flow_grpo, tilt": control,
           "nft": integrated, "ram": first_order, "awm": first_order, "sft": preferred,

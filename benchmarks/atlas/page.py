@@ -74,7 +74,7 @@ def table_of_the_plane(found: dict, path: str) -> list[str]:
           "(tilt) | gained (KL of the base) | path KL | rewards asked | network calls |",
           "|---|---|---|---|---|---|---|---|---|",
           *(f"| {' | '.join(cells_of_row(entry, row))} |" for entry in ENTRIES
-            for row in found["plane", path, entry.name])]
+            for row in found.get(("plane", path, entry.name), []))]
 
 
 def table_of_the_line(found: dict, path: str) -> list[str]:
@@ -82,7 +82,9 @@ def table_of_the_line(found: dict, path: str) -> list[str]:
            "|---|---|---|---|---|---|---|"]
   pair = lambda law: f"{law[0]:.3f}, {law[1]:.3f}" if law else ""
   for entry in ENTRIES:
-    row = found["line", path, entry.name]
+    row = found.get(("line", path, entry.name))
+    if not row:
+      continue
     measured = ", ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(row["measured"], row["error"]))
     lines.append(f"| {entry.name} | {row['scale']:g} | {pair(row['base'])} | {pair(row['tilt'])} | "
                  f"{pair(row['own'])} | {measured} | {verdict(holds_on_the_line(row))} |")
@@ -93,10 +95,10 @@ def summary(found: dict) -> list[str]:
   lines = ["| method | converges to | plane, VP | plane, flow | line, VP | line, flow | |",
            "|---|---|---|---|---|---|---|"]
   for entry in ENTRIES:
-    on_plane = [verdict(holds_on_the_plane(entry, [
-        read_row(cells_of_row(entry, row)) for row in found["plane", path, entry.name]]))
-                for path in PATHS]
-    on_line = [verdict(holds_on_the_line(found["line", path, entry.name])) for path in PATHS]
+    of = lambda world: [found.get((world, path, entry.name)) for path in PATHS]
+    on_plane = [verdict(rows and holds_on_the_plane(
+        entry, [read_row(cells_of_row(entry, row)) for row in rows])) for rows in of("plane")]
+    on_line = [verdict(row and holds_on_the_line(row)) for row in of("line")]
     lines.append(f"| {entry.name} | {entry.limit} | {' | '.join(on_plane + on_line)} | "
                  f"{entry.sentence} |")
   return lines
@@ -104,16 +106,21 @@ def summary(found: dict) -> list[str]:
 
 def write(root, found: dict, seconds: float) -> None:
   """`docs/atlas.md` and `docs/images/atlas_*.png` under `root`."""
-  for path in PATHS:
+  there = lambda world: [path for path in PATHS if any(key[:2] == (world, path) for key in found)]
+  for path in there("plane"):
     draw(root / "docs" / "images" / f"atlas_{path}.png", found, path)
   reading = pathlib.Path(__file__).with_name("reading.md").read_text()
-  text = [reading.format(minutes=f"{seconds / 60:.0f}").strip(), "", "## What each converges to",
-          "", *summary(found)]
-  for path, name in NAMES.items():
-    text += ["", f"## The plane on the {name}", "", f"![samples](images/atlas_{path}.png)", "",
-             *table_of_the_plane(found, path)]
-  for path, name in NAMES.items():
-    text += ["", f"## The line on the {name}", "", *table_of_the_line(found, path)]
+  missing = [f"{world} on the {NAMES[path]}: {' / '.join(names)}" for world in ("plane", "line")
+             for path in PATHS if (names := [entry.name for entry in ENTRIES
+                                             if (world, path, entry.name) not in found])]
+  text = [reading.format(minutes=f"{seconds / 60:.0f}").strip(), "",
+          *(["Not computed yet: " + "; ".join(missing) + ".", ""] if missing else []),
+          "## What each converges to", "", *summary(found)]
+  for path in there("plane"):
+    text += ["", f"## The plane on the {NAMES[path]}", "",
+             f"![samples](images/atlas_{path}.png)", "", *table_of_the_plane(found, path)]
+  for path in there("line"):
+    text += ["", f"## The line on the {NAMES[path]}", "", *table_of_the_line(found, path)]
   (root / "docs" / "atlas.md").write_text("\n".join(text) + "\n")
 
 
@@ -125,7 +132,9 @@ def draw(file, found: dict, path: str) -> None:
   panels = [("base", plane.target(path, "noisy", 0.0).cells),
             ("exact tilt", plane.target(path, "noisy", 1.0).cells)]
   for entry in ENTRIES:
-    rows = found["plane", path, entry.name]
+    rows = found.get(("plane", path, entry.name))
+    if not rows:
+      continue
     panels.append((entry.name, np.asarray(rows[2 if entry.strength == "length" else 1]["cells"])))
   columns = 7
   figure, axes = plt.subplots(-(-len(panels) // columns), columns,

@@ -65,7 +65,7 @@ class RewardConfig:
 
   Attributes:
     names: built-in names, `NAME:WHERE` for published weights (docs/rewards.md), or
-      `path/to/file.py:function`, or the URL of a scorer behind HTTP.
+      `path/to/file.py:function`, the URL of a scorer behind HTTP, or `vlm:URL` of a judge.
     weights: one factor a name.
     normalise: what the weights are factors of: scores as they are ("none"), over their standard
       deviation within a prompt on the base model ("std"), or places among the samples of a prompt

@@ -26,14 +26,15 @@ NAMES = ("peft", "kohya")
 _METADATA = "lora_adapter_metadata"
 
 
-def save_adapter(lora, folder, denoiser: str = "unet", *, dtype: str = "float32",
-                 style: str = "peft") -> pathlib.Path:
+def save_adapter(lora, folder, denoiser: str = "unet", *, text_encoders=None,
+                 dtype: str = "float32", style: str = "peft") -> pathlib.Path:
   """Writes an adapter so that PyTorch's `pipeline.load_lora_weights(folder)` gives our images.
 
   Args:
     lora: the tree of `jaxalign.models.lora`.
     denoiser: what the pipeline calls the network that is adapted, `Pipeline.denoiser_name`.
     folder: made if missing; a file of this name in it is replaced, other files stay.
+    text_encoders: name -> tree of each that the pipeline has, empty where it has no adapter.
     dtype: "float32", "float16" or "bfloat16".
     style: names of the layers: PEFT's, or "kohya" for ComfyUI, A1111 and kohya's trainers.
   Returns:
@@ -42,34 +43,45 @@ def save_adapter(lora, folder, denoiser: str = "unet", *, dtype: str = "float32"
     UserError: a value does not fit float16.
     OSError: the folder cannot be written.
   """
-  factors = {}
-  flat = traverse_util.flatten_dict(lora, sep="/")
-  for layer in (path.removesuffix("/a") for path in flat if path.endswith("/a")):
-    a, b = (weights.cast(f"{layer}/{x}", flat[f"{layer}/{x}"], dtype) for x in "ab")
-    # The way back of a convolution is a 1x1 one.
-    factors[lora_names.module_of(layer)] = names.to_torch("/kernel", a), names.to_torch(
-        "/kernel", b[None, None] if a.ndim == 4 else b)
-  ranks = {module: len(a) for module, (a, _) in factors.items()}
-  rank = max(ranks.values())
-  metadata = {"format": "pt"}
-  if style == "kohya":
-    tensors = lora_names.kohya_tensors(factors, denoiser)
-    metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": str(rank),
-                 "ss_network_alpha": str(rank)}
-  else:
-    tensors = {f"{denoiser}.{module}.lora_{letter}.weight": x
-               for module, pair in factors.items() for letter, x in zip("AB", pair)}
+  text_encoders = text_encoders or {}
+  factors = {network: _factors(tree, dtype)
+             for network, tree in {denoiser: lora, **text_encoders}.items() if tree}
+  metadata, tensors, configs = {"format": "pt"}, {}, {}
+  for network, own in factors.items():
+    ranks = {module: len(a) for module, (a, _) in own.items()}
+    rank = max(ranks.values())
+    if style == "kohya":
+      tensors |= lora_names.kohya_tensors(own, network, len(text_encoders) > 1)
+      metadata.setdefault("ss_network_dim", str(rank))           # of the denoiser, the first one
+      continue
+    tensors |= {f"{network}.{module}.lora_{letter}.weight": x
+                for module, pair in own.items() for letter, x in zip("AB", pair)}
     other = {module: r for module, r in ranks.items() if r != rank}
     config = {"r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": other,
               "target_modules": sorted(ranks)}
-    metadata[_METADATA] = json.dumps(
-        {f"{denoiser}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    configs |= {f"{network}.{key}": value for key, value in config.items()}
+  if style == "kohya":
+    metadata |= {"ss_network_module": "networks.lora",
+                 "ss_network_alpha": metadata["ss_network_dim"]}
+  else:
+    metadata[_METADATA] = json.dumps(configs, indent=2, sort_keys=True)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with whole(folder / FILE) as file:
     safetensors.numpy.save_file(tensors, file, metadata=metadata)
     share(file)
   return folder / FILE
+
+
+def _factors(lora, dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """`{module: (a [r, in...], b [out, r...])}` in PyTorch's layout."""
+  found, flat = {}, traverse_util.flatten_dict(lora, sep="/")
+  for layer in (path.removesuffix("/a") for path in flat if path.endswith("/a")):
+    a, b = (weights.cast(f"{layer}/{x}", flat[f"{layer}/{x}"], dtype) for x in "ab")
+    # The way back of a convolution is a 1x1 one.
+    found[lora_names.module_of(layer)] = names.to_torch("/kernel", a), names.to_torch(
+        "/kernel", b[None, None] if a.ndim == 4 else b)
+  return found
 
 
 def load_adapter(path, params, denoiser: str = "unet"):

@@ -13,7 +13,14 @@ import numpy as np
 from jaxalign.convert import lora_names, single
 from jaxalign.convert.adapter import FILE, PEFT_CONFIG, PEFT_FILE
 from jaxalign.convert.directory import load_pipeline, read_json
-from jaxalign.convert.tensors import PICKLES, check_pointer, outline, plain_names, read_safetensors
+from jaxalign.convert.tensors import (
+  PICKLES,
+  SCALES,
+  check_pointer,
+  outline,
+  plain_names,
+  read_safetensors,
+)
 from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.sampling import Schedule
@@ -134,8 +141,9 @@ def _short(number: int) -> str:
 def _dtypes(shapes) -> collections.Counter:
   """Numbers of each dtype."""
   found = collections.Counter()
-  for kind, shape in shapes.values():
-    found[_DTYPES.get(kind, kind.lower())] += math.prod(shape)
+  for name, (kind, shape) in shapes.items():
+    scaled = any(f"{name.removesuffix('.weight')}{end}" in shapes for end in SCALES)
+    found[_DTYPES.get(kind, kind.lower()) + " with scales" * scaled] += math.prod(shape)
   return found
 
 

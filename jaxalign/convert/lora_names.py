@@ -107,20 +107,22 @@ def _original(modules):
   return lambda module: None
 
 
-def kohya_tensors(factors: dict[str, tuple[np.ndarray, np.ndarray]], denoiser: str) -> dict:
-  """kohya's tensors of `{module: (a [r, in...], b [out, r...])}`, alpha equal to the rank.
+def kohya_tensors(factors: dict[str, tuple[np.ndarray, np.ndarray]], network: str,
+                  numbered: bool = False) -> dict:
+  """kohya's tensors of a network's `{module: (a [r, in...], b [out, r...])}`; alpha is the rank.
 
   The layers of a UNet have diffusers' names, which kohya's trainers, ComfyUI and A1111 know; those
   of a transformer the original ones, where query, key and value are one layer: its factors are
-  theirs, side by side and in blocks.
+  theirs, side by side and in blocks. The first text encoder is `numbered` where there are more.
   """
+  prefix = KOHYA[network][1 if network == "text_encoder" and numbered else 0]
   fused, tensors = {}, {}
   for module, pair in factors.items():
-    place = original.transformer_place(module, -1) if denoiser == "transformer" else None
+    place = original.transformer_place(module, -1) if network == "transformer" else None
     place = place or original.Place(module)
     fused.setdefault(place.name, []).append((place, pair))
   for name, found in fused.items():
-    key = f"lora_unet_{name.replace('.', '_')}"
+    key = f"{prefix}_{name.replace('.', '_')}"
     parts = found[0][0].parts
     if parts == 1:
       a, b = found[0][1]

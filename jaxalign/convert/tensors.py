@@ -19,6 +19,11 @@ LOOK = "python -m jaxalign.inspect"    # the command that says what a file is
 # numpy has none of these itself, and safetensors cannot hand them over. Both fit into float16.
 _FP8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 _POINTER = b"version https://git-lfs.github.com/spec/"
+# Beside the weights that ComfyUI quantises, by their older and their newer names: what a weight is
+# to be multiplied by, and what only arithmetic in float8 needs.
+SCALES = (".scale_weight", ".weight_scale")
+_SIDECARS = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+_SCALED = {"format": ("float8_e4m3fn", "float8_e5m2"), "full_precision_matrix_mult": (True, False)}
 
 
 def look(path) -> str:
@@ -40,8 +45,14 @@ def check_pointer(file: pathlib.Path) -> None:
 def read_safetensors(file: pathlib.Path, only=None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Tensors (those named in `only`, where given) and metadata.
 
-  float8 comes as float16, which holds all of its values.
+  float8 comes as float16, which holds all of its values; with scales, which ComfyUI gives it and
+  `only` leaves out, as float32.
   """
+  tensors, metadata = _read(file, only)
+  return _scaled(file, tensors, metadata), metadata
+
+
+def _read(file: pathlib.Path, only=None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   check_pointer(file)
   try:
     with safetensors.safe_open(file, "np") as content:
@@ -74,6 +85,42 @@ def _read_raw(file: pathlib.Path, kinds: dict) -> dict[str, np.ndarray]:
   return found
 
 
+def _scaled(where, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> dict:
+  """With the scales of quantised weights multiplied into these.
+
+  Raises:
+    UserError: they are quantised in another way than float8 with a scale.
+  """
+  if not any(name.endswith(_SIDECARS) for name in tensors):
+    return tensors
+  try:
+    ways = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+    ways = {**ways, **{name.removesuffix(".comfy_quant"): json.loads(x.tobytes())
+                       for name, x in tensors.items() if name.endswith(".comfy_quant")}}
+    other = [(layer, key, value) for layer, way in ways.items() for key, value in way.items()
+             if value not in _SCALED.get(key, ())]
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise UserError(f"{where}: how its weights are quantised cannot be read{look(where)}"
+                    ) from error
+  refusal = lambda layer, way: UserError(
+      f"{where}: {layer} is quantised ({str(way)[:60]!r}), which is not supported; float8 with a "
+      f"scale is")
+  if other:
+    raise refusal(other[0][0], f"{other[0][1]} {other[0][2]}")
+  for name in [name for name in tensors if name.endswith(SCALES)]:
+    layer = name.rpartition(".")[0]
+    weight, scale = f"{layer}.weight", tensors[name]
+    if weight not in tensors:
+      continue
+    x = tensors[weight]
+    rows = x.ndim and scale.size == len(x)                   # one for each, or one for all
+    if x.dtype.kind in "biu" or scale.dtype.kind in "biu" or not (scale.size == 1 or rows):
+      raise refusal(layer, f"{x.dtype}{list(x.shape)}, {scale.dtype}{list(scale.shape)}")
+    scale = np.asarray(scale, np.float32).reshape((-1, *[1] * (x.ndim - 1)) if rows else ())
+    tensors[weight] = np.asarray(x, np.float32) * scale
+  return {name: x for name, x in tensors.items() if not name.endswith(_SIDECARS)}
+
+
 def outline(file: pathlib.Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
   """`{name: (dtype as safetensors calls it, shape)}` and metadata; reads no tensor."""
   check_pointer(file)
@@ -97,10 +144,12 @@ def read_sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(f"{index}: not a safetensors index (no valid weight_map){look(index)}"
                     ) from error
-  tensors = {}
+  tensors, metadata = {}, {}
   for shard in shards:
-    tensors.update(read_safetensors(index.parent / shard)[0])
-  return tensors
+    found, about = _read(index.parent / shard)
+    tensors.update(found)
+    metadata.update(about)
+  return _scaled(index, tensors, metadata)
 
 
 def read_msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -51,6 +51,7 @@ class _State:
     self.jobs: queue.SimpleQueue | None = None         # of the thread that is not lost
     self.thread: threading.Thread | None = None
     self.seconds, self.checks, self.watched = 0.0, 0, False
+    self.tallies: dict[str, int] = {}
     self.lock = threading.Lock()
 
 
@@ -60,6 +61,7 @@ _STATE = _State()
 def forget() -> None:
   """A run begins: no callback is in use, and what happened to those of runs before is forgotten."""
   _STATE.in_use, _STATE.fault, _STATE.interrupted, _STATE.seconds = False, "", False, 0.0
+  _STATE.tallies = {}
 
 
 def begin() -> None:
@@ -109,13 +111,21 @@ def check() -> None:
     raise UserError(_STATE.fault)
 
 
-def seconds() -> dict[str, float]:
-  """For the log: what the thread has worked since this was last asked; `{}` if it has no part."""
-  if not _STATE.in_use:
-    return {}
+def tally(name: str, count: int) -> None:
+  """Counts something that the log is to have as `name`; it has a 0 there too from now on."""
   with _STATE.lock:
-    spent, _STATE.seconds = _STATE.seconds, 0.0
-  return {"train/reward_seconds": round(spent, 3)}
+    _STATE.tallies[name] = _STATE.tallies.get(name, 0) + count
+
+
+def numbers() -> dict[str, float]:
+  """For the log, since this was last asked: what was counted, and the thread's seconds of work."""
+  with _STATE.lock:
+    found = {name: float(count) for name, count in _STATE.tallies.items()}
+    _STATE.tallies = dict.fromkeys(_STATE.tallies, 0)
+    if _STATE.in_use:                    # else the thread has no part in this run
+      found["train/reward_seconds"] = round(_STATE.seconds, 3)
+    _STATE.seconds = 0.0
+  return found
 
 
 @contextlib.contextmanager

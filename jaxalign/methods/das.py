@@ -42,8 +42,9 @@ class Config:
 
   Attributes:
     particles: K of each image; 1 follows the gradient alone.
-    beta: strength of the tilt. beta_unit: "sigma" (beta is divided by the reward's within-prompt
-      standard deviation on the base model) or "raw".
+    beta: strength of the tilt.
+    beta_unit: what it is measured in: "sigma" (divided by the reward's within-prompt standard
+      deviation on the base model) or "raw".
     temper: how lam_k rises: "exp" (`(1 + gamma)^k - 1`, at most 1), "adaptive" (as far as the
       effective share stays at `ess`, of each image) or "none" (1 throughout).
     gamma: of "exp"; 0 takes the smallest that reaches 1 before the output.

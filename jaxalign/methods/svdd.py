@@ -34,8 +34,9 @@ class Config:
 
   Attributes:
     candidates: M of each step; 1 is the base model.
-    beta: strength of the softmax. beta_unit: "sigma" (divides it by the reward's within-prompt
-      standard deviation on the base model) or "raw".
+    beta: strength of the softmax.
+    beta_unit: what it is measured in: "sigma" (divided by the reward's within-prompt standard
+      deviation on the base model) or "raw".
     select: the candidate that is kept: by "softmax" of beta r, or "argmax".
     last_step: whether the outputs are candidates too; otherwise the first is the result.
   """

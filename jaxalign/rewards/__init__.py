@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config import registry
-from jaxalign.config.credentials import hidden
+from jaxalign.config.credentials import JUDGE, hidden
 from jaxalign.config.source import one_line
 from jaxalign.devices import callbacks, sharding
 from jaxalign.errors import UserError
@@ -82,12 +82,15 @@ class HostReward:
     range: values that `score` can take and their unit, in words.
     parts: the `(name, weight, reward)` of a weighted sum; empty for a single reward.
     opened: as that of a `Reward`.
+    keep: `(pathlib.Path)`, told the folder of the run, where it may keep what it asked for. None
+      where it has no use for that.
   """
   name: str
   score: Callable[[np.ndarray, list[str]], np.ndarray]
   range: str = ""
   parts: tuple[tuple[str, float, "HostReward"], ...] = ()
   opened: Callable[[Any], Any] | None = None
+  keep: Callable[[Any], None] | None = None
 
   @property
   def weights(self) -> dict[str, float]:
@@ -140,8 +143,8 @@ def make_reward(names: tuple[str, ...], weights: tuple[float, ...]) -> Reward | 
 
   Args:
     names: config key `reward.names`: names in `REWARDS` or from an entry point, `NAME:WHERE` with a
-      name in `PRETRAINED`, `path/to/file.py:function`, or a URL. No name twice. Without WHERE in
-      what is returned, unless it tells two of one name apart.
+      name in `PRETRAINED`, `path/to/file.py:function`, a URL, or `vlm:URL`. No name twice. Without
+      WHERE in what is returned, unless it tells two of one name apart.
     weights: config key `reward.weights`, one finite number for each name, in raw units of its term.
   Raises:
     UserError: for anything that the config or the user's file gets wrong.
@@ -185,6 +188,13 @@ def reweighted(reward: Reward | HostReward, weights: dict[str, float]) -> Reward
   """The weighted sum `reward` with other weights, of which it is a function of the same params."""
   names, _, parts = zip(*reward.parts)
   return _summed(names, tuple(weights[name] for name in names), parts)
+
+
+def keep_answers(reward: Reward | HostReward, folder) -> None:
+  """Tells the parts of a reward which folder, a `pathlib.Path`, is that of their run."""
+  for _, _, part in reward.parts:
+    if isinstance(part, HostReward) and part.keep:
+      part.keep(folder)
 
 
 def _on_mesh(reward: Reward, mesh) -> Reward:
@@ -261,6 +271,8 @@ def _short(names: tuple[str, ...]) -> tuple[str, ...]:
   def short(name):
     if name.startswith(("http://", "https://")):
       return name
+    if name.startswith(JUDGE):
+      return dict(urllib.parse.parse_qsl(name.partition("#")[2])).get("name") or "vlm"
     if ".py:" in name:
       spec, _, settings = name.partition("#")
       return dict(urllib.parse.parse_qsl(settings)).get("name", spec)
@@ -278,6 +290,9 @@ def find(name: str) -> Reward | HostReward:
   if name.startswith(("http://", "https://")):
     from jaxalign.rewards.http import http_reward
     return http_reward(name)
+  if name.startswith(JUDGE):
+    from jaxalign.rewards.vlm import vlm_reward
+    return vlm_reward(name)
   if ".py:" in name:
     from jaxalign.rewards.user import load_user_reward
     return load_user_reward(name)
@@ -298,7 +313,7 @@ def find(name: str) -> Reward | HostReward:
   if name not in REWARDS:
     raise UserError(f"reward.names: unknown reward '{hidden(name)}'; choose from "
                     f"{', '.join(sorted({*REWARDS, *added}))}, NAME:WHERE with one of "
-                    f"{', '.join(PRETRAINED)}, path/to/file.py:function, or a URL")
+                    f"{', '.join(PRETRAINED)}, path/to/file.py:function, a URL, or vlm:URL")
   return registry.resolve(REWARDS[name])()
 
 

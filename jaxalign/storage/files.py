@@ -9,6 +9,7 @@ import time
 
 DAY = 24 * 3600          # seconds; whatever was not written to for as long has been left behind
 UNFINISHED = ".unfinished"       # in a folder whose entries are being replaced, or were cut off
+PARTIAL = ".partial."            # how names of what is being written begin
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def share(path: pathlib.Path) -> None:
 
 def sweep(folder: pathlib.Path) -> None:
   """Deletes what killed processes have left below a folder that is this process's alone."""
-  for left in [*folder.rglob(".partial.*")]:
+  for left in [*folder.rglob(f"{PARTIAL}*")]:
     delete(left)
 
 
@@ -93,15 +94,15 @@ def delete(left: pathlib.Path) -> None:
 
 def _begin(path: pathlib.Path) -> pathlib.Path:
   """This process's own name beside `path`, where what others left for that name is deleted."""
-  for left in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
+  for left in path.parent.glob(f"{PARTIAL}*.{glob.escape(path.name)}"):
     if _abandoned(left, path.name):
       delete(left)
-  return path.with_name(f".partial.{platform.node()}.{os.getpid()}.{path.name}")
+  return path.with_name(f"{PARTIAL}{platform.node()}.{os.getpid()}.{path.name}")
 
 
 def _abandoned(left: pathlib.Path, name: str) -> bool:
   """Whether the process that wrote `left` is gone: asked on its own machine, elsewhere assumed."""
-  host, _, process = left.name.removeprefix(".partial.").removesuffix(f".{name}").rpartition(".")
+  host, _, process = left.name.removeprefix(PARTIAL).removesuffix(f".{name}").rpartition(".")
   with contextlib.suppress(OSError):
     if time.time() - left.stat().st_mtime > DAY:
       return True

@@ -17,6 +17,7 @@ from jaxalign.config.schema import Config
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, rng
 from jaxalign.methods import best_of_n
+from jaxalign.rewards import keep_answers
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm, steps
 from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe
@@ -62,6 +63,7 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   workdir.create()
   stack.callback(workdir.close)
+  keep_answers(exp.reward, workdir.path)
   search = Search(exp, method, prompts)
   total = search.total
   held = sum(a.nbytes for a in jax.tree.leaves(search.state)) / 2**20

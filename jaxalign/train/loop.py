@@ -18,6 +18,7 @@ from jaxalign.data.pairs import open_pairs
 from jaxalign.data.prompts import draw_prompts, read_sets
 from jaxalign.devices import processes, rng, sharding
 from jaxalign.errors import UserError
+from jaxalign.rewards import keep_answers
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm, steps
 from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe, exact_tilt
@@ -74,6 +75,7 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   # Made only now, so that a config that is refused leaves no folder behind.
   workdir.create()
   stack.callback(workdir.close)
+  keep_answers(exp.reward, workdir.path)
   say(f"{cfg.recipe}: {sets}")
   say(f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
   evaluate = Evaluator(exp)

@@ -75,18 +75,22 @@ def _teacher(path: str, pipeline: Pipeline):
   return other.variables
 
 
+def adapters_of(cfg: Config, pipeline: Pipeline) -> dict:
+  """What `model.lora` adapts: network -> tree, of the denoiser and of text encoders."""
+  parts = {name: pipeline.params[name]
+           for name in (pipeline.denoiser_name, *pipeline.text_encoders)}
+  try:
+    return load_adapters(cfg.model.lora, parts, pipeline.denoiser_name)
+  except UserError as error:
+    raise UserError(f"model.lora={cfg.model.lora}: {error}") from error
+
+
 def starting_adapter(cfg: Config, pipeline: Pipeline):
   """`model.lora`, that the policy starts from; or None, and the pipeline with it merged in.
 
   What it adapts of the text encoders, which are not trained, is merged into them in any case.
   """
-  weights = pipeline.weights
-  try:
-    parts = {name: pipeline.params[name] for name in (pipeline.denoiser_name,
-                                                      *pipeline.text_encoders)}
-    adapters = load_adapters(cfg.model.lora, parts, pipeline.denoiser_name)
-  except UserError as error:
-    raise UserError(f"model.lora={cfg.model.lora}: {error}") from error
+  weights, adapters = pipeline.weights, adapters_of(cfg, pipeline)
   adapter = adapters.pop(pipeline.denoiser_name, {})
   params = {name: merged(pipeline.params[name], tree) for name, tree in adapters.items()}
   pipeline = dataclasses.replace(pipeline, params={**pipeline.params, **params})

@@ -35,7 +35,7 @@ def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
   values = {name: float(v) for name, v in jax.device_get(values).items()}
   terms = jax.device_get(terms)
   callbacks.check()
-  values.update(callbacks.seconds())
+  values.update(callbacks.numbers())
   terms = {name: check_scores(name, v, prompts) for name, v in terms.items()}
   for name, scores in terms.items():
     values["train/reward" if len(terms) == 1 else f"train/reward/{name}"] = float(scores.mean())

@@ -17,7 +17,7 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.reports.reading import read_summary
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
-from jaxalign.train.policy import policy_weights
+from jaxalign.train.policy import adapters_of, policy_weights
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
@@ -56,10 +56,11 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   return exp.pipeline.with_weights(policy_weights(cfg, policy, exp.pipeline.weights))
 
 
-def load_adapter_of(checkpoint: pathlib.Path):
-  """The LoRA factors that a run has tuned: those of its export, or of its latest checkpoint.
+def load_adapters_of(checkpoint: pathlib.Path) -> tuple[dict, str]:
+  """The LoRA factors of a run: network -> tree, and the name of the denoiser among them.
 
-  And the name of the network that they are for, `Pipeline.denoiser_name`.
+  Those that it has tuned, of its export or its latest checkpoint. And of each text encoder those
+  that `model.lora` has for it, which the run's images owe as much to; empty where it has none.
 
   Raises:
     UserError: the directory is not that of a run with `model.adapter="lora"`, or damaged.
@@ -69,7 +70,10 @@ def load_adapter_of(checkpoint: pathlib.Path):
     raise UserError(f"--checkpoint={checkpoint}: not the folder of a run that trains an adapter "
                     "(model.adapter=lora), so there is none to export")
   exp, policy = _policy(checkpoint, cfg)
-  return policy, exp.pipeline.denoiser_name
+  start = adapters_of(cfg, exp.pipeline) if cfg.model.lora else {}
+  name = exp.pipeline.denoiser_name
+  return {name: policy, **{other: start.get(other, {})
+                           for other in exp.pipeline.text_encoders}}, name
 
 
 def _summary(checkpoint: pathlib.Path) -> dict | None:

@@ -156,4 +156,4 @@ def means(metrics: list[dict], total: int, step: int) -> dict[str, float]:
     raise UserError(f"step {step}: the reward of every image is not a finite number; lower "
                     "optim.lr in another --workdir")
   return {**{name: float(value.mean()) for name, value in finite.items() if value.size},
-          **callbacks.seconds()}
+          **callbacks.numbers()}

@@ -19,7 +19,7 @@ from jaxalign.config.schema import Config
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 from jaxalign.storage import lock
-from jaxalign.storage.files import delete, sweep, whole
+from jaxalign.storage.files import PARTIAL, delete, sweep, whole
 from jaxalign.train.evaluation import Samples
 from jaxalign.train.sinks import Callback, open_sinks
 
@@ -75,7 +75,8 @@ class Workdir:
           if has_begun(path):
             raise
           self._anew = True                # it died before its first step, and owns nothing
-      elif path.exists() and any(file.name != lock.FILE for file in path.iterdir()):
+      elif path.exists() and not all(file.name == lock.FILE or file.name.startswith(PARTIAL)
+                                     for file in path.iterdir()):     # of a run killed as it began
         raise UserError(f"--workdir={path}: not empty, and no run of jaxalign (no config.json)")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise UserError(f"--workdir={path}: {error}") from error

@@ -7,7 +7,6 @@ host names are refused; bodies are limited.
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import pathlib
 import secrets
@@ -23,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from jaxalign.config.credentials import is_loopback
 from jaxalign.errors import UserError
 from jaxalign.storage.files import whole
 from jaxalign.votes.ballot import Ballot, Unknown
@@ -187,13 +187,6 @@ async def _body(request: Request) -> bytes:
 
 def _refuse(status: int, text: str) -> Response:
   return PlainTextResponse(text + "\n", status)
-
-
-def is_loopback(host: str) -> bool:
-  try:
-    return host == "localhost" or ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return False
 
 
 @contextlib.contextmanager

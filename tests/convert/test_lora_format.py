@@ -1,6 +1,8 @@
 """LoRA files: PyTorch loads ours and we load PyTorch's, with equal outputs."""
+import importlib
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,15 @@ import safetensors.numpy
 from flax import traverse_util
 
 import runs
+from jaxalign import evaluate
 from jaxalign.config import recipes
-from jaxalign.convert import load_adapter, save_adapter
+from jaxalign.convert import load_adapter, load_adapters, save_adapter
 from jaxalign.convert.adapter import FILE
 from jaxalign.errors import UserError
-from jaxalign.export import main as export_main
 from jaxalign.models import lora
 from jaxalign.models.stable_diffusion import StableDiffusionPipeline
 from jaxalign.train import experiment, opening
-from jaxalign.train.restore import load_adapter_of, load_tuned
+from jaxalign.train.restore import load_adapters_of, load_tuned
 
 TARGETS = StableDiffusionPipeline.lora_targets
 ATTENTION = {"attention": TARGETS["attention"]}
@@ -179,14 +181,16 @@ def test_older_names_and_alphas(pipeline, tmp_path):
 
 @pytest.mark.parametrize("change, parts", [
     (lambda t: t | {"unet.nowhere.to_q.lora_A.weight": np.zeros((2, 32), "f4")},
-     ["unet.nowhere.to_q.lora_A.weight"]),
+     ["unet.nowhere.to_q.lora_A.weight is not an adapter of a layer of this unet"]),
     (lambda t: t | {"text_encoder.q_proj.lora_A.weight": np.zeros((2, 32), "f4")},
      ["text_encoder.q_proj"]),
     (lambda t: t | {f"unet.{Q}.lora_A.weight": np.zeros((2, 31), "f4")}, [Q, "(2, 31)", "(2, 32)"]),
     (lambda t: t | {f"unet.{Q}.lora_B.weight": np.zeros((32, 5), "f4")}, [Q, "(32, 5)"]),
     (lambda t: t | {f"unet.{Q}.lora_B.weight": np.zeros((32, 2), "i4")}, [Q, "int32"]),
-    (lambda t: t | {f"unet.{Q}.lora.up.weight": np.zeros((32, 2), "f4")}, [Q, "two names"]),
-    (lambda t: {k: x for k, x in t.items() if k != f"unet.{Q}.lora_B.weight"}, [Q, "one of its"]),
+    (lambda t: t | {f"unet.{Q}.lora.up.weight": np.zeros((32, 2), "f4")},
+     [Q, "is there under two names"]),
+    (lambda t: {k: x for k, x in t.items() if k != f"unet.{Q}.lora_B.weight"},
+     [Q, "has only one of its two factors"]),
     (lambda t: {}, ["no adapter"]),
 ])
 def test_tensors_that_do_not_fit(pipeline, tmp_path, change, parts):
@@ -268,28 +272,64 @@ def test_adapter_that_does_not_fit_the_config(start, overrides, parts):
     assert part in str(error.value)
 
 
+def call(monkeypatch, command, **flags):
+  """The command with these flags, and its defaults for the others."""
+  module = importlib.import_module(f"jaxalign.{command}")
+  module._FLAGS.mark_as_parsed()
+  for name, value in flags.items():
+    monkeypatch.setattr(module, f"_{name}", types.SimpleNamespace(value=value))
+  module.main([])
+
+
+def test_evaluation_starts_where_the_run_did(start, tmp_path):
+  """The reference is without the denoiser's part, which the policy started from."""
+  adapter, _, unet = start
+  fixture = opening.open_pipeline("jaxalign:fixture")
+  text = moved(lora.init(jax.random.key(4), fixture.params["text_encoder"], 2, {"a": "self_attn"}))
+  file = save_adapter(adapter, tmp_path, text_encoders={"text_encoder": text})
+  reference, model = evaluate._adapted(runs.smoke(model__lora=str(file)))
+  for pipeline in (reference, model):
+    assert_same(pipeline.params["text_encoder"],
+                jax.device_get(lora.merge(fixture.params["text_encoder"], text)))
+  assert_same(reference.weights, unet)
+  assert_same(model.weights, jax.device_get(lora.merge(unet, adapter)))
+
+
 def test_export_command(monkeypatch, tmp_path):
   run = runs.finished()
-  adapter, denoiser = load_adapter_of(run)
-  assert denoiser == "unet"
-  flags = {"_CHECKPOINT": run, "_FORMAT": "lora", "_OUTPUT": tmp_path, "_DTYPE": "float32",
-           "_NAMES": "peft"}
-  for name, value in flags.items():
-    monkeypatch.setattr(f"jaxalign.export.{name}", type("Flag", (), {"value": value}))
-  export_main([])
+  adapters, denoiser = load_adapters_of(run)
+  assert denoiser == "unet" and adapters.keys() == {"unet", "text_encoder"}
+  adapter = adapters["unet"]
+  call(monkeypatch, "export", CHECKPOINT=run, FORMAT="lora", OUTPUT=tmp_path)
   unet = opening.open_pipeline("jaxalign:fixture").params["unet"]
   found = load_adapter(tmp_path, unet)
   assert_same(found, adapter)
   merged = jax.device_get(lora.merge(unet, found))
   assert_same(merged, load_tuned(run).params["unet"])
   with pytest.raises(UserError, match="model.adapter=lora"):
-    load_adapter_of(run / "export")
+    load_adapters_of(run / "export")
 
 
 @pytest.mark.slow
-def test_a_whole_run_from_an_adapter(start):
-  run = runs.run("from_adapter", model__lora=str(start[1]))
-  tuned, _ = load_adapter_of(run)
+def test_a_whole_run_from_an_adapter(start, tmp_path, monkeypatch):
+  """What it has for the text encoder is in the images, in every export and in the comparison."""
+  fixture = opening.open_pipeline("jaxalign:fixture")
+  text = moved(lora.init(jax.random.key(4), fixture.params["text_encoder"], 2, {"a": "self_attn"}))
+  both = save_adapter(start[0], tmp_path / "both", text_encoders={"text_encoder": text})
+  run = runs.run("from_adapter", model__lora=str(both))
+  merged = jax.device_get(lora.merge(fixture.params["text_encoder"], text))
+  assert_same(load_tuned(run).params["text_encoder"], merged)
+  call(monkeypatch, "export", CHECKPOINT=run, FORMAT="lora", OUTPUT=tmp_path / "lora")
+  found = load_adapters(tmp_path / "lora", fixture.params, "unet")
+  assert_same(found["text_encoder"], text)
+  tuned = found["unet"]
+  call(monkeypatch, "evaluate", CHECKPOINT=run, PROMPTS=str(runs.HELD_OUT),
+       OUTPUT=tmp_path / "result.json", SAMPLES=2)
+  result = json.loads((tmp_path / "result.json").read_text())
+  summary = json.loads((run / "summary.json").read_text())
+  for model in ("base", "tuned"):
+    assert result[model]["reward"]["mean"] == pytest.approx(summary[model]["reward"]["mean"],
+                                                            abs=1e-4)
   shapes = lambda tree: jax.tree.map(np.shape, tree)
   assert shapes(tuned) == shapes(start[0])
   near, new = (sum(np.square(x - y).sum() for x, y in zip(*map(jax.tree.leaves, (tuned, tree))))

@@ -210,7 +210,8 @@ def test_a_denoiser_in_the_original_names(made, tmp_path):
     found = load_pipeline(tmp_path / "folder", unet=str(tmp_path / f"{name}.safetensors"))
     equal(found.params["unet"], shifted)
     equal(found.params["vae"], pipeline.params["vae"])
-  with pytest.raises(UserError, match="without text encoders and autoencoder; .* as model.unet"):
+  with pytest.raises(UserError,
+                     match="a denoiser without text encoders and autoencoder; .* model.unet"):
     load_pipeline(tmp_path / "unet.safetensors")
 
 
@@ -226,6 +227,19 @@ def test_half_precision_and_compiled_names(made, tmp_path):
   found = load_pipeline(tmp_path / "compiled.safetensors")
   for x, y in zip(*(jax.tree.leaves(p.params) for p in (found, pipeline))):
     np.testing.assert_array_equal(x, y.astype(np.float16).astype(np.float32))
+
+
+def test_scales_of_float8_count_in_every_network(made, tmp_path):
+  """Of text encoder and autoencoder too, where a name more than is known stops nobody."""
+  _, file = made("sd1")
+  tensors = safetensors.numpy.load_file(file)
+  keys = [UNET + "out.2.weight", VAE + "decoder.conv_out.weight",
+          "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
+  scaled = {key.replace(".weight", ".scale_weight"): np.asarray(0.5, "f4") for key in keys}
+  doubled = {key: 2 * tensors[key] for key in keys}                # as float8 they would be rounded
+  safetensors.numpy.save_file({**tensors, **doubled, **scaled, "scaled_fp8": np.zeros(0, "f4")},
+                              tmp_path / "scaled.safetensors")
+  equal(load_pipeline(tmp_path / "scaled.safetensors").params, load_pipeline(file).params)
 
 
 def test_t5_needs_its_tokenizer(made, tmp_path, capsys):
@@ -264,7 +278,7 @@ IN = UNET + "input_blocks.0.0.weight"
     (lambda t: {"model.diffusion_model.double_blocks.0.a": np.ones(1, "f4")}, ["Flux"]),
     (lambda t: {"lora_unet_a.lora_up.weight": np.ones(1, "f4")}, ["a LoRA; model.lora"]),
     (lambda t: {"conditioner.embedders.0.model.a": np.ones(1, "f4")}, ["the refiner of SDXL"]),
-    (lambda t: {"a": np.ones(1, "f4")}, ["not a single-file checkpoint"]),
+    (lambda t: {"a": np.ones(1, "f4")}, ["not a single-file checkpoint of Stable Diffusion"]),
     (lambda t: t | {IN: np.ones((64, 9, 3, 3), "f4")}, ["in_channels = 9: an inpainting UNet"]),
     (lambda t: t | {IN: np.full_like(t[IN], np.nan)}, ["conv_in.weight", "not finite"]),
     (lambda t: {k: x for k, x in t.items() if k != IN}, ["it lacks", IN]),

@@ -301,7 +301,7 @@ def fails(path, *parts, **options):
     ("model_index.json", {"text_encoder_3": ["transformers", "UMT5EncoderModel"]},
      ["text_encoder_3 of class 'UMT5EncoderModel'"]),
     ("model_index.json", {"_class_name": "FlaxStableDiffusion3Pipeline"},
-     ["_class_name 'FlaxStableDiffusion3Pipeline' is not supported"]),
+     ["_class_name 'FlaxStableDiffusion3Pipeline' is not supported (only "]),
     ("transformer/config.json", {"joint_attention_dim": 40}, ["joint_attention_dim = 40"]),
     ("transformer/config.json", {"joint_attention_dim": 80},
      ["joint_attention_dim = 80", "text_encoder_3 are 64 wide"]),

@@ -121,6 +121,15 @@ def test_jsonl(tmp_path):
   assert first_colours(open_pairs(file, "soft")) == "rbr"
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0c"])
+def test_only_line_feeds_end_a_row(tmp_path, mark):
+  """And a byte order mark, or an empty line at the end, is no part of one."""
+  row = json.dumps({"caption": f"a{mark}b", "image_0": "r.png", "image_1": "b.png", "label_0": 1},
+                   ensure_ascii=False)
+  pairs = open_pairs(write_jsonl(tmp_path, f"\ufeff{row}", row, ""), "drop")
+  assert pairs.captions == [f"a{mark}b"] * 2
+
+
 @pytest.mark.parametrize("line, message", [
     ("{", r"votes\.jsonl: row 2: not JSON"),
     ("[1]", r"row 2: list is not an object"),

@@ -9,6 +9,7 @@ import collections
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ def main() -> int:
   parser.add_argument("--minutes", type=float, default=1e9, help="of all kinds together")
   parser.add_argument("--log", default="runs/faults.jsonl", type=pathlib.Path)
   args = parser.parse_args()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))        # ends what was started, too
   until = time.monotonic() + 60 * args.minutes
   rows = []
   if args.log.is_file():

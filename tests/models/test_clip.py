@@ -21,10 +21,12 @@ VISION = dict(SMALL, image_size=16, patch_size=4, model_type="clip_vision_model"
 def from_torch(model):
   """Nested tree of a torch CLIP model's weights, in our layout."""
   flat = {}
+  # In transformers 5 this class is the tower itself; its files have the names as before.
+  above = [] if hasattr(model, "text_model") or hasattr(model, "vision_model") else ["text_model"]
   for name, value in model.state_dict().items():
     if name.endswith("position_ids"):
       continue
-    path, value = name.split("."), value.numpy()
+    path, value = above + name.split("."), value.numpy()
     if path[-1] == "weight" and value.ndim == 4:
       path[-1], value = "kernel", value.transpose(2, 3, 1, 0)
     elif path[-1] == "weight" and "embedding" in path[-2]:

@@ -50,12 +50,20 @@ def write_tokenizer(folder, pad="<|endoftext|>", added=True):
   (folder / "special_tokens_map.json").write_text(json.dumps(specials))
 
 
+@pytest.fixture
+def transformers_4():
+  """The last transformers with CLIP's tokenizer in Python, for which folders of its time were."""
+  transformers = pytest.importorskip("transformers")
+  if int(transformers.__version__.partition(".")[0]) > 4:
+    pytest.skip("needs transformers 4: later ones have no CLIP tokenizer in Python")
+  return transformers
+
+
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 @pytest.mark.parametrize("added", [True, False])
-def test_same_ids_as_transformers(tmp_path, pad, added):
-  transformers = pytest.importorskip("transformers")
+def test_same_ids_as_transformers(transformers_4, tmp_path, pad, added):
   write_tokenizer(tmp_path, pad, added)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs = transformers_4.CLIPTokenizer.from_pretrained(tmp_path)
   # ftfy is optional there and changes the text; ours follows the path without it.
   theirs.fix_text = None
   if not hasattr(theirs, "nlp"):
@@ -101,10 +109,9 @@ def test_folder_with_tokenizer_json_alone(tmp_path, pad):
 
 @pytest.mark.parametrize("token", ["<cat-toy>", "<Cat-Toy>", "toy"])
 @pytest.mark.parametrize("age", ["added_tokens.json", "added_tokens_decoder"])
-def test_added_tokens_of_any_age(tmp_path, token, age):
-  transformers = pytest.importorskip("transformers")
+def test_added_tokens_of_any_age(transformers_4, tmp_path, token, age):
   write_tokenizer(tmp_path)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+  theirs = transformers_4.CLIPTokenizer.from_pretrained(tmp_path)
   theirs.add_tokens(token)
   theirs.save_pretrained(tmp_path)
   i = len(theirs) - 1
@@ -141,7 +148,7 @@ def test_length_is_what_the_text_encoder_takes(tmp_path):
         key: value for key, value in config.items() if key != "model_max_length"}))
     tokenizer = Tokenizer.load(tmp_path, longest=16)
     assert tokenizer(["a cat"]).shape == (1, 16)
-    with pytest.raises(UserError, match="tokenizer_config.json: model_max_length is"):
+    with pytest.raises(UserError, match="model_max_length is .*, and what a prompt may have is "):
       Tokenizer.load(tmp_path)
 
 
@@ -157,7 +164,7 @@ def test_length_is_what_the_text_encoder_takes(tmp_path):
     ("vocab.json", b"[" * 100000, "vocab.json: not valid JSON"),
     ("tokenizer_config.json", b"[1]", "tokenizer_config.json: not a JSON object"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}',
-     "tokenizer_config.json: added tokens"),
+     "tokenizer_config.json: added tokens are not tokens with ids"),
     ("tokenizer_config.json", b'{"bos_token": 3}', "tokenizer_config.json: bos_token is 3"),
     ("added_tokens.json", b'{"a": -1}', "added_tokens.json: added tokens"),
 ])
@@ -260,7 +267,7 @@ def test_t5_saves_the_same_bytes_and_names_bad_files(tmp_path):
   assert {f.name: f.read_bytes() for f in (tmp_path / "copy").iterdir()} == {
       "tokenizer.json": t5_file(), "spiece.model": b"sentencepiece"}
   (tmp_path / "tokenizer.json").write_bytes(t5_file(end=""))
-  with pytest.raises(UserError, match="tokenizer.json: its post_processor"):
+  with pytest.raises(UserError, match="its post_processor does not end a prompt with '</s>'"):
     T5Tokenizer.load(tmp_path)
   (tmp_path / "tokenizer.json").write_bytes(t5_file().replace(b"<pad>", b"<gap>"))
   with pytest.raises(UserError, match="tokenizer.json: special token '<pad>' is missing"):

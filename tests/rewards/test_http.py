@@ -18,8 +18,7 @@ from PIL import Image
 import runs
 from jaxalign.devices import callbacks
 from jaxalign.errors import UserError
-from jaxalign.rewards import http as http_rewards
-from jaxalign.rewards import make_reward
+from jaxalign.rewards import client, make_reward
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3)).astype(np.uint8)
 PROMPTS = ["a cat", "a dog", "a cat", "naïve", "a bird"]
@@ -108,7 +107,7 @@ def test_scores_in_order_and_in_batches(server):
 def test_a_busy_server_is_asked_again(server, monkeypatch):
   """And is waited for no longer than is reasonable, whatever it asks for."""
   server.refusals = 2
-  monkeypatch.setattr(http_rewards, "PAUSE", 0.1)
+  monkeypatch.setattr(client, "PAUSE", 0.1)
   assert np.isfinite(score(server.url)).all()
   assert server.requests == [5, 5, 5]
 
@@ -137,7 +136,7 @@ def test_no_server():
 
 def test_refusals_end(server, monkeypatch):
   server.refusals = 99
-  monkeypatch.setattr(http_rewards, "PAUSE", 0.1)
+  monkeypatch.setattr(client, "PAUSE", 0.1)
   with pytest.raises(UserError, match="503"):
     score(f"{server.url}#retries=1")
   assert server.requests == [5, 5]

@@ -180,7 +180,7 @@ def test_a_run_knows_nothing_of_the_runs_before_it():
   callbacks.record("the fault of another run")
   train.start_devices(runs.smoke())
   callbacks.check()
-  assert callbacks.seconds() == {}
+  assert callbacks.numbers() == {}
 
 
 def test_the_thread_that_hangs_is_left_behind():

@@ -268,7 +268,7 @@ def test_from_config_reads_the_conventions():
     (dict(_class_name="EDMEulerScheduler"), "_class_name='EDMEulerScheduler' is not supported"),
     (dict(_class_name="EDMDPMSolverMultistepScheduler"), "_class_name='EDMDPMSolver"),
     (dict(_class_name=None), "_class_name='None'"),
-    (dict(beta_start=None), "beta_start of DDIMScheduler missing"),
+    (dict(beta_start=None), "beta_start of DDIMScheduler missing, and not guessed"),
     (dict(beta_end=None, beta_schedule=None), "beta_end, beta_schedule of DDIM"),
     (dict(beta_start="a"), "beta_start='a'"),
     (dict(beta_end=float("nan")), "beta_end=nan"),

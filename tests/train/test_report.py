@@ -106,6 +106,20 @@ def test_a_run_at_work_owns_its_folder_from_the_start(tmp_path):
   workdir.close()
 
 
+def test_what_a_run_killed_as_it_began_has_left_is_no_other_runs(tmp_path):
+  """The lock, and config.json half written."""
+  run = tmp_path / "run"
+  run.mkdir()
+  for name in (".lock", ".partial.a-host.123.config.json"):
+    (run / name).write_text("")
+  open_workdir(run).close()
+  assert (run / "config.json").exists() and not list(run.glob(".partial*"))
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "notes.txt").write_text("mine")
+  with pytest.raises(UserError, match="not empty, and no run of jaxalign"):
+    open_workdir(tmp_path / "other")
+
+
 def test_a_folder_that_went_away_ends_the_run(tmp_path):
   workdir = open_workdir(tmp_path / "run")
   shutil.rmtree(tmp_path / "run")

@@ -11,7 +11,7 @@ from jaxalign import sample
 from jaxalign.convert import load_pipeline
 from jaxalign.train import dry_run, loop, opening
 from jaxalign.train.experiment import build
-from jaxalign.train.restore import load_adapter_of, load_tuned
+from jaxalign.train.restore import load_adapters_of, load_tuned
 
 
 def same(left, right):
@@ -38,8 +38,9 @@ def test_a_run_changes_the_transformer_alone(run):
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), tuned.weights, base.weights)
   assert moved["transformer_blocks_1"]["attn"]["add_k_proj"]["kernel"]
   assert not moved["transformer_blocks_1"]["ff"]["net_2"]["kernel"]
-  adapter, denoiser = load_adapter_of(run)
-  assert denoiser == "transformer" and adapter["transformer_blocks_0"].keys() == {"attn", "attn2"}
+  adapters, denoiser = load_adapters_of(run)
+  assert denoiser == "transformer" and adapters["text_encoder_2"] == {}
+  assert adapters[denoiser]["transformer_blocks_0"].keys() == {"attn", "attn2"}
 
 
 def test_an_export_is_sampled_as_its_kind_is(run):
