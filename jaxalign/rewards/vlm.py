@@ -138,15 +138,16 @@ class Judge:
     Args:
       items: images `[H, W, 3]` uint8 in the order in which they are shown, and the prompt.
     """
-    keys, questions = [], {}
+    keys, known, questions = [], {}, {}
     for images, prompt in items:
       question = _Picture(self, images, self._ask.replace("{prompt}", prompt))
       keys.append(question.key)
-      if question.key not in self._answers:
+      if question.key in self._answers:
+        known[question.key] = self._answers[question.key]
+      else:
         questions[question.key] = question
-    if questions:
-      self.client.ask(list(questions.values()))
-    answers = [self._answers[key] for key in keys]
+    known |= zip(questions, self.client.ask(list(questions.values())))
+    answers = [known[key] for key in keys]
     unparsable = [answer for answer in answers if isinstance(answer, str)]
     self.total += len(answers)
     self.unparsable += len(unparsable)
@@ -236,8 +237,9 @@ class _Picture(Question):
       answer = spoken(said, judge.values)
     if answer is None:
       answer = judge.client.without_secrets(said)[:_EXCERPT]
-    judge.answered(self.key, answer)
+    judge.answered(self.key, answer)             # now: others may fail
     self._pictures = None
+    return answer
 
 
 def _said(client: Client, text: str) -> tuple[str, list]:

@@ -245,8 +245,13 @@ def test_answers_are_kept(server, tmp_path, monkeypatch):
   kept = answers.Answers()
   kept.keep(tmp_path, file.name.split(".")[0])
   assert "c" in kept and "a" not in kept and "b" not in kept
-  # Old answers go where there is no room for all.
+  # Old answers go where there is no room for all, also while they are asked for.
   monkeypatch.setattr(answers, "MOST", 3)
+  full = make_reward((named(server),), (1.0,))
+  full.score(IMAGES[:3], PROMPTS[:3])
+  full.score(IMAGES[1:] + 1, PROMPTS[1:])
+  np.testing.assert_allclose(full.score(np.concatenate([IMAGES[:1], IMAGES[:1] + 5]),
+                                        PROMPTS[:2]), [0, 5 / 255], atol=1e-6)
   for i in range(8):
     kept.add(f"k{i}", float(i))
   sizes = {len(f.read_text().splitlines()) for f in file.parent.glob(f"{file.name.split('.')[0]}*")}
