@@ -269,9 +269,10 @@ def test_denoiser_learns_only_what_is_not_held_out(scene_task):
       for c in np.flatnonzero(table.colours[r]) for style in (*STYLES, "")])}
   assert {row.tobytes() for row in tokens[~empty]} <= allowed
   np.testing.assert_array_equal(np.diff(np.sort(batch["t"])) >= 0, True)
-  assert np.ptp(np.asarray(batch["t"])) > 900
   # A network that predicts nothing at first has the velocity's size as its loss.
   params = scene_task.init(jax.random.key(1))
+  # A flow's times are logit-normal: 64 quantiles end at about 80 and 920.
+  assert np.ptp(np.asarray(batch["t"])) > (900 if "unet" in params else 800)
   loss, _ = jax.jit(scene_task.loss)(params, batch)
   if "unet" in params:
     abar = np.linspace(0.00085 ** 0.5, 0.02 ** 0.5, 1000, dtype=np.float64) ** 2
