@@ -419,10 +419,12 @@ def test_distils_a_gaussian_into_one_step(divergence):
   models = one_step_models(MIXTURE, analytic.linear_reward([1.0]))
   cfg = di.Config(divergence=divergence, guidance=1.0, reward=0.0, assistant_steps=3,
                   assistant_lr=3e-3, kappa=0.3)
-  optim = OptimConfig(lr=2e-3, decay_steps=3000, ema=0.99)
+  # The square's gradient fades as the spread comes right, so that it takes twice as long.
+  steps = 6000 if divergence == "l2" else 3000
+  optim = OptimConfig(lr=2e-3, decay_steps=steps, ema=0.99)
   _, _, before = train(models, cfg, optim, 0)
   assert before.std() < 0.35
-  _, metrics, after = train(models, cfg, optim, 3000)
+  _, metrics, after = train(models, cfg, optim, steps)
   assert abs(after.mean() - 0.8) < 0.06 and abs(after.std() - 0.5) < 0.06
   assert float(metrics["train/cotangent_ratio"]) == 0
 
