@@ -277,6 +277,7 @@ def call(monkeypatch, command, **flags):
   module = importlib.import_module(f"jaxalign.{command}")
   module._FLAGS.mark_as_parsed()
   for name, value in flags.items():
+    value = value if isinstance(value, int) else str(value)
     monkeypatch.setattr(module, f"_{name}", types.SimpleNamespace(value=value))
   module.main([])
 
