@@ -1,5 +1,6 @@
 """Opening a model by name: shipped ones, architectures without weights, directories, hub ids."""
 import functools
+import os
 import pathlib
 import tempfile
 
@@ -47,12 +48,13 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
   return load(path)
 
 
-def model_path(name: str) -> pathlib.Path:
+def model_path(name) -> pathlib.Path:
   """The folder or file that a flag like `--checkpoint` names; `jaxalign:NAME` is a shipped model.
 
   Raises:
     UserError: no model of that name is shipped.
   """
+  name = os.fspath(name)
   if not name.startswith("jaxalign:"):
     return pathlib.Path(name)
   folder = ASSETS / name.removeprefix("jaxalign:")
