@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = (
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxalign.devices import callbacks  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir",
                   str(pathlib.Path(tempfile.gettempdir()) / "jaxalign-test-cache"))
@@ -25,9 +27,11 @@ def compile_quickly():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bounded_memory():
-  """Lets go of compiled programs once they are many: two processes of tests share a machine."""
+def left_behind():
+  """What callbacks of a file's rewards left is no other file's; and compiled programs are let go
+  once they are many, as two processes of tests share a machine."""
   yield
+  callbacks.forget()
   pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) if (
       pathlib.Path("/proc/self/statm").exists()) else 0
   if pages * os.sysconf("SC_PAGE_SIZE") > 3 * 2 ** 30:
