@@ -47,9 +47,9 @@ def test_its_tests_and_the_battery(copy):
   run(copy, COMMANDS[0].replace("-m pytest", "-m pytest -c /dev/null --rootdir=. -q -p no:xdist"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [
-    pytest.param(COMMANDS[1], marks=pytest.mark.slow, id="unet"),
-    pytest.param(COMMANDS[2], id="transformer")])
+    pytest.param(COMMANDS[1], id="unet"), pytest.param(COMMANDS[2], id="transformer")])
 def test_it_runs_on_both_families(copy, command):
   out = run(copy, f"{command} --config.data.prompts={runs.TRAIN} --config.train.steps=2 "
                   f"--config.data.eval_prompts={runs.HELD_OUT} --config.eval.every=0")

@@ -8,9 +8,14 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
   Of dotted names, one whose last part is the same comes before one that is spelt alike.
   """
-  known = list(known)
-  last = name.rpartition(".")[2]
-  same = [k for k in known if k.rpartition(".")[2] == last and k != name]
-  near = same[:1] or difflib.get_close_matches(name, known, 1, 0.6) or [
-      k for k in known if difflib.get_close_matches(last, [k.rpartition(".")[2]], 1, 0.75)][:1]
-  return f"; did you mean {near[0]!r}?" if near else ""
+  group, _, last = name.rpartition(".")
+  # What stands before the last dot is alike for a whole group of keys, and says nothing.
+  ends = {}
+  for full in known:
+    if full != name:
+      before, _, end = full.rpartition(".")
+      ends.setdefault(end, []).append((before != group, full))
+  own = [end for end, fulls in ends.items() if not all(other for other, _ in fulls)]
+  near = [last] if last in ends else (difflib.get_close_matches(last, own, 1, 0.6)
+                                      or difflib.get_close_matches(last, ends, 1, 0.75))
+  return f"; did you mean {min(ends[near[0]])[1]!r}?" if near else ""

@@ -58,6 +58,7 @@ def test_certain_answers_are_those_of_the_reader_by_rule():
     assert found["scene"].any(), text                  # each caption has its picture
 
 
+@pytest.mark.slow
 def test_uncertain_answers_are_averages_over_certain_ones():
   """Against enumeration of everything that five crops can show."""
   rng = np.random.default_rng(1)

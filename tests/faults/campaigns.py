@@ -166,7 +166,7 @@ class Json:
              else json.dumps({"step": i, "seconds": 1.0}).encode() for i in range(1, 6)]
     (run / "metrics.jsonl").write_bytes(b"\n".join(lines))
     try:
-      result = outcome(lambda: workdir.open_metrics(5, False))
+      result = outcome(lambda: workdir.open_metrics(5))
       workdir.log(6, 1.0, {"a": 1.0})
     finally:
       workdir.close()

@@ -411,10 +411,9 @@ def test_two_modes_approach_the_best_policy_of_fixed_variance():
   assert 0 < best - exact < 0.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "steps, updates, batch, bias",
-  [(25, 2500, 128, 0.05), pytest.param(50, 3000, 64, 0.03, marks=pytest.mark.slow)],
-)
+  "steps, updates, batch, bias", [(25, 2500, 128, 0.05), (50, 3000, 64, 0.03)])
 def test_three_modes_in_two_dimensions_are_tilted(steps, updates, batch, bias):
   """Mode weights and means against importance-weighted reference samples and the closed form.
 

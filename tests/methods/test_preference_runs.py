@@ -52,6 +52,7 @@ def test_smoke_recipe(name):
       "reward_queries": 0, "reward_gradients": 0}
 
 
+@pytest.mark.slow
 def test_resume_is_bit_for_bit():
   """Pairs are drawn by step, and read from the latents that the first run wrote."""
   whole = runs.run("mapo", method="mapo")

@@ -31,7 +31,7 @@ def test_other_packages_add_methods(monkeypatch):
   config = parse(default("theirs"))
   assert config.method_name == "theirs" and isinstance(config.method, refl.Config)
   assert registry.load_method("draft") is draft               # those of here stay
-  with pytest.raises(UserError, match="choose one of .*sft, theirs"):
+  with pytest.raises(UserError, match="choose one of .*svdd, theirs"):
     registry.load_method("their")
 
 

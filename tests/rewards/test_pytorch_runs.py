@@ -90,10 +90,10 @@ def climb(cfg, scorers):
   return rewards, rows, method.cost(cfg.sample.batch)["reward_queries"] + cfg.sample.batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, strong", [
     ("draft", dict(method__backprop_steps=1, optim__lr=0.01)),
-    pytest.param("nabla_gfn", dict(optim__lr=0.01), marks=pytest.mark.slow),
-    pytest.param("dno", dict(optim__lr=0.1), marks=pytest.mark.slow),
+    ("nabla_gfn", dict(optim__lr=0.01)), ("dno", dict(optim__lr=0.1)),
 ])
 def test_as_in_jax(tmp_path, scorers, name, strong):
   (tmp_path / "mine.py").write_text(CODE)

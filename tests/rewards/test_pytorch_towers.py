@@ -46,6 +46,7 @@ def test_equals_our_jax_towers(folder, form):
   assert_gradient(gradient, expected)
 
 
+@pytest.mark.slow
 def test_newcomer_gets_from_the_page_to_a_run(folder, tmp_path):
   assert len(SCORERS.strip().splitlines()) <= 22
   words = shlex.split(COMMAND)

@@ -477,7 +477,7 @@ def test_errors_of_where(clip, tmp_path):
     return str(error.value)
 
   assert "pickscore:WHERE" in message("pickscore")
-  assert "image_reward, pickscore" in message("pikscore:/a")
+  assert "ocr_judge, pickscore" in message("pikscore:/a")
   assert f"{tmp_path}/none: not a directory" in message(f"hpsv2:{tmp_path}/none")
   assert "no such file" in message(f"hpsv2:{folder},{tmp_path}/none.pt")
   assert "no file after the comma" in message(f"hpsv2:{folder},")

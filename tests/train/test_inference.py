@@ -114,9 +114,8 @@ def test_best_of_n_run_with_a_black_box():
   assert result["cost"]["reward_queries"] == 3 * 8
 
 
-@pytest.mark.parametrize("gradient", [
-    "zo", pytest.param("hybrid1", marks=pytest.mark.slow),
-    pytest.param("hybrid2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["zo", "hybrid1", "hybrid2"])
 def test_black_boxes(gradient):
   options = SMALL | dict(train__steps=1, eval__every=0, method__probes=2,
                          method__gradient=gradient, reward__names=("jpeg_compressibility",))

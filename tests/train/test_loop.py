@@ -188,6 +188,7 @@ def judged(monkeypatch, scores):
   monkeypatch.setattr(loop, "watch_metrics", change)
 
 
+@pytest.mark.slow
 def test_keep_best_exports_the_best_step(monkeypatch):
   judged(monkeypatch, [-5.0, 9.0, 1.0])
   path = runs.run("best", train__keep_best=True, eval__every=1)
@@ -308,7 +309,7 @@ def test_reward_that_turns_nan_names_prompt_and_reward(monkeypatch):
 
 
 def test_reward_without_spread_is_refused(monkeypatch):
-  monkeypatch.setattr(loop.metrics, "within_prompt_std", lambda scores: 0.0)
+  monkeypatch.setattr("jaxalign.metrics.within_prompt_std", lambda scores: 0.0)
   with pytest.raises(UserError, match="reward.names.*same score"):
     runs.run("flat")
 

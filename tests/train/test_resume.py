@@ -37,8 +37,8 @@ def assert_same_run(left, right, **overrides):
   assert tuned[0] == tuned[1]
 
 
-@pytest.mark.parametrize("name, overrides", [
-  ("plain", {}), pytest.param("variant", VARIANT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, overrides", [("plain", {}), ("variant", VARIANT)])
 def test_two_and_two_steps_equal_four(name, overrides):
   whole = runs.run(f"{name} 4", train__steps=4, **overrides)
   # Stopped where an evaluation is due, which must not be lost.

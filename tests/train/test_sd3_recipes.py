@@ -82,7 +82,7 @@ def test_flow_net_of_a_transformer():
 
 
 def test_dry_run():
-  text = dry_run.describe(runs.smoke("nabla_gfn", "smoke_sd3"))
+  text = dry_run.describe(runs.smoke("nabla_gfn", "smoke_sd3", mesh__data=2), jax.devices()[:2])
   for part in ("transformer ", "text encoder 2", "transformer parameters by partition",
                "norm1_context/linear/kernel", "one denoiser"):
     assert part in text
