@@ -23,7 +23,7 @@ from jaxalign.storage.files import whole
 from jaxalign.train.evaluation import Evaluator, compare, describe
 from jaxalign.train.experiment import build
 from jaxalign.train.opening import model_path, open_pipeline, own_sampler
-from jaxalign.train.policy import merged, starting_adapter
+from jaxalign.train.policy import starting_adapter
 from jaxalign.train.report import results_table
 from jaxalign.train.restore import load_tuned, run_config
 
@@ -64,9 +64,9 @@ def main(argv) -> None:
     cfg = dataclasses.replace(recipes.parse(recipes.default("nabla_gfn")),
                               sample=own_sampler(tuned))
   cfg = _with_flags(cfg)
-  own = start = None
+  own = None
   if cfg.model.lora and not cfg.merges_lora and not _BASE.value:
-    own, start = _adapted(cfg)
+    own = _reference(cfg)
   # As many of this machine's devices as divide the batches, however many the run had.
   shards = math.gcd(len(jax.devices()), cfg.eval.batch, cfg.sample.batch // cfg.group // cfg.parts)
   # Whole weights as the policy: any two models of one architecture can stand beside each other.
@@ -87,9 +87,8 @@ def main(argv) -> None:
   if base_path is None:
     result = {"tuned": describe(draw(tuned, "model"))}
   else:
-    start = start or exp.pipeline
-    first = draw(start, "base")
-    again = draw(start, "base, other noise", stream=rng.EVAL_FLOOR)
+    first = draw(exp.pipeline, "base")
+    again = draw(exp.pipeline, "base, other noise", stream=rng.EVAL_FLOOR)
     now = draw(tuned, "tuned", path_kl=cfg.eval.path_kl)
     result = {"base": describe(first), "tuned": compare(now, first, again)}
   print(results_table(result.get("base"), result["tuned"]))
@@ -103,14 +102,13 @@ def main(argv) -> None:
   print(f"all numbers in {output}")
 
 
-def _adapted(cfg: schema.Config) -> tuple[Pipeline, Pipeline]:
-  """The reference of a run that started from `model.lora`, and the model that it started as.
+def _reference(cfg: schema.Config) -> Pipeline:
+  """The base model of a run whose policy started from `model.lora`, as the run compares with it.
 
-  As in the run: both have the adapter's part of the text encoders, the second that of the denoiser.
+  It has the adapter's part of the text encoders, which is no part of the policy, and not the rest.
   """
   opened = open_pipeline(cfg.model.path, cfg.model.dtype, unet=cfg.model.unet)
-  reference, adapter = starting_adapter(cfg, opened)
-  return reference, reference.with_weights(merged(reference.weights, adapter))
+  return starting_adapter(cfg, opened)[0]
 
 
 def _check_output(output: pathlib.Path) -> None:
