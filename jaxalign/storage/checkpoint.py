@@ -3,6 +3,7 @@
 Beside both lies what they are to be when they are read again: a digest of every array.
 """
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -60,6 +61,7 @@ class Checkpointer:
     Raises:
       UserError: the directory cannot be written.
     """
+    progress = copy.deepcopy(progress)   # written by a thread, and the caller's own goes on
     with self._errors("write"):
       self.tidy()
       self._manager.save(step, args=ocp.args.Composite(

@@ -72,6 +72,20 @@ def test_arrays_may_be_donated_after_save(tmp_path):
   checkpoints.close()
 
 
+def test_progress_may_go_on_after_save(tmp_path, monkeypatch):
+  """It is written by a thread, maybe long after the next step has changed it in place."""
+  checkpoints, progress = Checkpointer(tmp_path / "c"), {"seconds": 1.0}
+  write = checkpoints._manager.save
+
+  def late(*args, **options):
+    progress["seconds"] = 2.0
+    return write(*args, **options)
+  monkeypatch.setattr(checkpoints._manager, "save", late)
+  checkpoints.save(1, tree(), progress)
+  assert checkpoints.restore(tree())[1] == {"seconds": 1.0}
+  checkpoints.close()
+
+
 def test_restored_where_the_tree_lies(tmp_path):
   """Also on another mesh than it was saved from."""
   x = np.arange(16.0).reshape(4, 4)
