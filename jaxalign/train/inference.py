@@ -27,9 +27,9 @@ from jaxalign.train.report import (
   finish,
   judge_progress,
   peak_bytes,
-  read_finished,
   save_pictures,
   spread,
+  take_finished,
   watch_metrics,
   write_product,
 )
@@ -52,9 +52,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   say = processes.say
   prompts = read_prompts("data.eval_prompts", cfg.data.eval_prompts)[:cfg.eval.prompts or None]
   workdir = Workdir(path, cfg, {"data.eval_prompts": prompts})
-  finished = read_finished(workdir.path, cfg)
+  finished = take_finished(workdir.path, cfg)
   if finished:
-    say(f"{path}: this run is finished; see {path / 'summary.json'}")
     return finished
 
   # ------------------------------------------------------------------ models, reward, mesh

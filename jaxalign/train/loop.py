@@ -32,9 +32,9 @@ from jaxalign.train.report import (
   judge_progress,
   log_step,
   peak_bytes,
-  read_finished,
   save_pictures,
   spread,
+  take_finished,
   watch_metrics,
 )
 from jaxalign.train.workdir import Workdir
@@ -63,9 +63,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   if cfg.reads_pairs:
     contents["data.pairs"] = [pair_files.digest()]
   workdir = Workdir(path, cfg, contents)
-  finished = read_finished(workdir.path, cfg)
+  finished = take_finished(workdir.path, cfg)
   if finished:
-    say(f"{path}: this run is finished; see {path / 'summary.json'}")
     return finished
 
   # ------------------------------------------------------------------ models, reward, mesh

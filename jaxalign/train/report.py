@@ -1,5 +1,6 @@
 """What a run says: rows of metrics, pictures, a verdict on its progress, the table at the end."""
 import json
+import os
 import pathlib
 import resource
 import shlex
@@ -133,6 +134,16 @@ def read_finished(path: pathlib.Path, cfg: Config) -> dict | None:
   more_time |= cfg.train.alarm in ("off", "warn") and summary["stopped"].startswith(alarm.STOPPED)
   done = summary["steps"] >= cfg.train.steps or (summary["stopped"] and not more_time)
   return summary if done else None
+
+
+def take_finished(path: pathlib.Path, cfg: Config) -> dict | None:
+  """`read_finished`, said; makes up for the report of a run that was killed in writing it."""
+  summary, report = read_finished(path, cfg), path / "report.html"
+  if summary:
+    if processes.is_main() and not report.exists() and os.access(path, os.W_OK):
+      write_report([path], report)
+    processes.say(f"{path}: this run is finished; see {path / 'summary.json'}")
+  return summary
 
 
 def peak_bytes(exp: Experiment) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 import runs
 from jaxalign.errors import UserError
+from jaxalign.train import report
 from jaxalign.train.report import read_finished, read_summary
 from jaxalign.train.workdir import Workdir
 
@@ -22,6 +23,16 @@ def test_a_run_is_finished_if_it_needs_nothing_more(tmp_path):
   (tmp_path / "summary.json").write_text(json.dumps(stopped))
   assert read_finished(tmp_path, runs.smoke(train__max_seconds=1.0)) == stopped
   assert read_finished(tmp_path, runs.smoke(train__max_seconds=9.0)) is None
+
+
+def test_a_run_killed_in_writing_its_report_gets_one(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "write_report", lambda folders, file: file.write_text("page"))
+  (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+  assert report.take_finished(tmp_path, runs.smoke()) == SUMMARY
+  assert (tmp_path / "report.html").read_text() == "page"
+  (tmp_path / "report.html").write_text("the user's own notes")
+  report.take_finished(tmp_path, runs.smoke())
+  assert (tmp_path / "report.html").read_text() == "the user's own notes"
 
 
 @pytest.mark.parametrize("content", [
