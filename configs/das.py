@@ -20,7 +20,7 @@ from jaxalign.methods.das import PRESETS
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("das", "das:" + (arg or "emoji"))
-  recipes.make_particles(config, size)
+  recipes.make_at_inference(config, size)
   if size in ("sd15", "sd35"):
     config.model.remat = "block"
   for preset in presets:

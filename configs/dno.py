@@ -29,31 +29,20 @@ def get_config(arg="emoji"):
       arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("dno", "dno:" + (arg or "emoji"))
   config.optim.b2 = 0.999
-  config.train.patience = 0                     # the judge is reported, and stops nothing
+  recipes.make_at_inference(config, size)
   if size == "emoji":
-    config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
-    config.reward.names = ("emoji_style",)
-    config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
     config.train.steps, config.train.checkpoint_every, config.eval.every = 20, 10, 10
     config.optim.lr = 1e-1
     config.method.rival, config.method.remat = True, "none"
   elif size in recipes.SMOKE:
-    recipes.make_smoke(config, size)
     config.optim.lr = 2e-2
     config.method.rival, config.method.permutations, config.method.remat = True, 2, "none"
   else:
-    config.model.path = ""                      # --config.model.path=DIR
-    config.model.dtype, config.model.remat = "bfloat16", "block"
-    config.data.eval_prompts = "jaxalign:animals_train"
-    config.sample.batch, config.sample.steps, config.sample.guidance = 1, 50, 5.0
+    config.model.remat = "block"
     if size == "sd35":
-      recipes.make_sd35(config)
-      config.sample.kind, config.sample.eta, config.sample.steps = "ddim", 1.0, 28
-      config.sample.spacing, config.sample.final = "linspace", "noisy"
       config.optim.weight_decay = 0.0
     config.optim.lr = 1e-2                      # 1e-3 for rewards of pixel statistics
     config.train.steps, config.train.checkpoint_every, config.eval.every = 100, 25, 25
-    config.eval.prompts, config.eval.samples, config.eval.batch = 45, 2, 2
   for preset in presets:
     config.method.update(PRESETS[preset])
     config.optim.weight_decay = 0.01

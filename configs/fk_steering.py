@@ -22,7 +22,7 @@ def get_config(arg="emoji"):
   config = recipes.default("fk_steering", "fk_steering:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
-  recipes.make_particles(config, size)
+  recipes.make_at_inference(config, size)
   if size == "emoji":
     config.method.particles = 8
   elif size in recipes.SMOKE:

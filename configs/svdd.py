@@ -20,7 +20,7 @@ from jaxalign.methods.svdd import PRESETS
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("svdd", "svdd:" + (arg or "emoji"))
-  recipes.make_particles(config, size)
+  recipes.make_at_inference(config, size)
   for preset in presets:
     config.method.update(PRESETS[preset])
   config.train.steps = config.train.checkpoint_every = config.sample.steps

@@ -119,8 +119,8 @@ def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
     config.optim.accumulate = 4
 
 
-def make_particles(config: ml_collections.ConfigDict, size: str) -> None:
-  """Sizes of FK steering, DAS and SVDD: images of few prompts, no weight trained."""
+def make_at_inference(config: ml_collections.ConfigDict, size: str) -> None:
+  """Sizes of what trains no weight (DNO, best-of-N, particles): images of few prompts."""
   config.train.patience = 0                     # the judge is reported, and stops nothing
   config.eval.every = 0
   if size == "emoji":
