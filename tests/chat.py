@@ -8,14 +8,15 @@ import http.server
 import io
 import json
 import math
-import threading
 import time
 
 import numpy as np
 from PIL import Image
 
+from local_server import Local
 
-class Chat(http.server.ThreadingHTTPServer):
+
+class Chat(Local):
   """Answers with log-probabilities; `mode` says how it misbehaves, `refusals` how often it is busy.
 
   `requests` holds what it was asked, `headers` how.
@@ -26,14 +27,6 @@ class Chat(http.server.ThreadingHTTPServer):
     super().__init__(("127.0.0.1", port), _Handler)
     self.mode, self.requests, self.headers, self.refusals, self.most = "", [], [], 0, 20
     self.word, self.bias, self.location, self.busy = None, 0.0, "", (503, {})
-
-  def __enter__(self):
-    threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-    return self
-
-  def __exit__(self, *error):
-    self.shutdown()
-    super().__exit__(*error)
 
   @property
   def url(self):

@@ -19,23 +19,19 @@ import runs
 from jaxalign.devices import callbacks
 from jaxalign.errors import UserError
 from jaxalign.rewards import client, make_reward
+from local_server import Local
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3)).astype(np.uint8)
 PROMPTS = ["a cat", "a dog", "a cat", "naïve", "a bird"]
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(Local):
   """Scores by mean brightness plus the prompt's length; `mode` says how it misbehaves."""
   mode, requests, refusals, code = "", (), 0, 307
 
   def __enter__(self):
     self.requests = []
-    threading.Thread(target=self.serve_forever, daemon=True).start()
-    return self
-
-  def __exit__(self, *error):
-    self.shutdown()
-    super().__exit__(*error)
+    return super().__enter__()
 
   @property
   def url(self):
