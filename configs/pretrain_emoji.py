@@ -18,8 +18,8 @@ def get_config(arg="emoji"):
   config = pretrain.default("emoji_sd3" if flow else "emoji", "pretrain_emoji:" + size)
   config.optim.lr, config.optim.muon, config.optim.b2 = 1.5e-3, 4e-3, 0.98
   config.optim.weight_decay, config.optim.ema = 1e-2, 0.998
-  config.optim.warmup, config.optim.decay_steps = 100, 9000
-  config.train.steps, config.train.look_every, config.train.checkpoint_every = 9200, 500, 100
+  config.optim.warmup, config.optim.decay_steps = 100, 4900
+  config.train.steps, config.train.look_every, config.train.checkpoint_every = 5000, 500, 100
   if size.startswith("smoke"):
     if flow:
       config.task.width, config.task.layers, config.task.text_layers = 32, 2, 2
