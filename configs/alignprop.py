@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/alignprop.py
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_clip (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip (default), see docs/results.md
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x and an aesthetic score that aims at 10; not
@@ -25,7 +25,7 @@ def get_config(arg="emoji"):
     recipes.make_smoke(config, size)
   else:
     config.model.path = ""                  # --config.model.path=DIR
-    config.train.patience = 0               # the judge knows emoji only
+    config.train.patience = 0               # the judge knows emoji scenes only
     config.model.lora_rank, config.model.remat = 4, "block"
     config.method.truncation = "per_step"
     config.method.objective, config.method.target, config.method.weight = "absolute", 10.0, 0.01

@@ -7,7 +7,7 @@ The images are those of configs/dno.py, and N is set so that the denoiser is cal
 samples for each update of that recipe, and three for its last score.
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_style (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip (default), see docs/results.md
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four
            candidates, for tests
   sd15, sdxl, sd35    beside those of configs/dno.py; not measured here. Give --config.model.path

@@ -9,7 +9,7 @@ The images are those of the evaluation: `eval.samples` of each of the first `eva
 `data.eval_prompts`; `data.prompts` is not read.
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_style, and the best of N at the same cost beside it
+  emoji    the embedded model, reward scene_clip, and the best of N at the same cost beside it
            (default), see docs/results.md
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests

@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/draft.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip, gradients through the last 5 of 20 steps
+  emoji    the embedded model, reward scene_clip, gradients through the last 5 of 20 steps
            (default), see docs/results.md
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
@@ -33,7 +33,7 @@ def get_config(arg="emoji"):
     config.method.backprop_steps = 2       # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR
-    config.train.patience = 0               # the judge knows emoji only
+    config.train.patience = 0               # the judge knows emoji scenes only
     config.model.lora_rank, config.model.remat = 8, "block"
     if size == "sdxl":
       config.model.dtype = "bfloat16"

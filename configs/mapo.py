@@ -1,11 +1,11 @@
-"""MaPO on preference pairs: for the embedded emoji model, one vendor's style.
+"""MaPO on preference pairs: for the embedded emoji model, one artist's style.
 
   python -m jaxalign.launch --config=configs/mapo.py
   python -m jaxalign.launch --config=configs/mapo.py:sd15 --config.model.path=DIR \
       --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
 
 Arguments after a colon, joined by commas:
-  emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default), see
+  emoji    the embedded model on shipped pairs, 3-D drawings preferred to flat ones (default), see
            docs/results.md
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`

@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/nabla_gfn.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip (default)
+  emoji    the embedded model, reward scene_clip (default)
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x or 2.x: adapter, optimiser, sampler and trajectories per update of
@@ -43,7 +43,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.weight_decay, config.optim.accumulate = 1e-3, 1e-4, 4
     config.optim.b2 = 0.999
     config.train.steps, config.train.checkpoint_every, config.eval.every = 400, 50, 50
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 8
     if size == "sd35":
       recipes.make_sd35(config)

@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/refl.py
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_clip (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip (default), see docs/results.md
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
@@ -27,7 +27,7 @@ def get_config(arg="emoji"):
     config.method.window = 2               # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR
-    config.train.patience = 0               # the judge knows emoji only
+    config.train.patience = 0               # the judge knows emoji scenes only
     config.model.adapter, config.model.remat = "full", "block"
     config.method.objective, config.method.target, config.method.weight = "hinge", 2.0, 1e-3
     config.method.window = 10

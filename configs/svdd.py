@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/svdd.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, 48 images of eight candidates a step, reward emoji_style (default);
+  emoji    the embedded model, 48 images of eight candidates a step, reward scene_clip (default);
            not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four steps,
            for tests

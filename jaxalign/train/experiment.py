@@ -92,7 +92,7 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   judge = make_reward((cfg.eval.judge,), (1.0,))
   if getattr(judge.parts[0][2], "features", None) is None:
     raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs; "
-                    "emoji_judge does, and clip_score:DIR and its kin (docs/rewards.md)")
+                    "scene_judge does, and clip_score:DIR and its kin (docs/rewards.md)")
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
