@@ -4,6 +4,7 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px: all weights trained, 50 steps and the optimiser as
@@ -17,11 +18,13 @@ from jaxalign.methods.adjoint_matching import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("adjoint_matching", "adjoint_matching:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     config.sample.batch = 16
     config.method.perturbations, config.method.perturb_std = 2, 0.8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 16

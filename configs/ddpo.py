@@ -5,7 +5,7 @@
 
 Arguments after a colon:
   emoji    the embedded model, yes/no reward scene (default), see docs/results.md
-  scene_clip    the same for the reward and prompts of configs/nabla_gfn.py, used as a black box
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
@@ -16,15 +16,17 @@ Arguments after a colon:
            optimiser steps an update, clip range 1e-4, advantages by the mean of the group. Unlike
            there, the spread is the group's, no KL is added, and the unconditional branch has a
            gradient; not measured. Give --config.model.path and --config.reward.names
+  scene_clip    on the embedded models, the reward of configs/nabla_gfn.py, used as a black box
 """
 from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", "scene_clip", *recipes.SMOKE, "sd15", "sdxl",
-                                         "sd35"))
+  size, words = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), ("scene_clip",))
   config = recipes.default("ddpo", "ddpo:" + (arg or "emoji"))
-  if size in ("emoji", "scene_clip"):
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.min_count = 4, 4
@@ -35,7 +37,7 @@ def get_config(arg="emoji"):
     config.method.step_weights = "even"
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 1e-3, 4, 118
-    if size == "emoji":
+    if not words:
       config.reward.names = ("scene",)
       config.train.patience = 0                 # the judge is reported, and stops nothing
       config.optim.lr = 5e-4

@@ -7,6 +7,7 @@
 Arguments after a colon:
   emoji    the embedded model on shipped pairs, 3-D drawings preferred to flat ones (default), see
            docs/results.md
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
@@ -28,7 +29,7 @@ from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
 def get_config(arg="emoji"):
   size, _ = recipes.split_argument(arg, PAIR_SIZES)
   config = recipes.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
-  if size == "emoji" or size in MISMATCH:
+  if size in recipes.EMBEDDED or size in MISMATCH:
     make_pairs(config, size)
     # 2000 scaled from 16384 latent elements to 256 is 31, which lets the judge fall by 0.14.
     config.method.beta = 200.0

@@ -4,6 +4,7 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip as a black box (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px: sampler, adapter and rate as published, batches ours (no
@@ -18,9 +19,11 @@ from jaxalign.methods.dpok import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("dpok", "dpok:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     # As in ddpo.py.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.step_weights = "even"

@@ -5,6 +5,7 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip, gradients through the last 5 of 20 steps
            (default), see docs/results.md
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give
@@ -22,9 +23,10 @@ from jaxalign.methods.draft import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("draft", "draft:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     config.method.backprop_steps = 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32

@@ -7,6 +7,7 @@
 Arguments after a colon, joined by commas:
   emoji    the embedded model on shipped pairs, 3-D drawings preferred to flat ones (default), see
            docs/results.md
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
@@ -28,7 +29,7 @@ from jaxalign.methods.mapo import PRESETS
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(arg, PAIR_SIZES, PRESETS)
   config = recipes.default("mapo", "mapo:" + (arg or "emoji"))
-  if size == "emoji" or size in MISMATCH:
+  if size in recipes.EMBEDDED or size in MISMATCH:
     make_pairs(config, size)
     config.method.logit_scale = 200.0       # margins of the base model then have std 1.8
     config.method.weight = 0.3              # 0.1 stays at +0.25

@@ -4,6 +4,7 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip (default)
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x or 2.x: adapter, optimiser, sampler and trajectories per update of
@@ -21,9 +22,10 @@ from jaxalign.methods.nabla_gfn import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
     # prompt share, which is what a policy can learn.
     config.method.beta = 14.0
@@ -53,6 +55,6 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   if size in recipes.SMOKE:
     config.method.strata = 2       # of its four steps
-  elif size != "emoji":
+  elif size not in recipes.EMBEDDED:
     config.method.minibatches = 1  # the batch is the fast setting's; those presets' is 16 times it
   return config

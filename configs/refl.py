@@ -4,6 +4,7 @@
 
 Arguments after a colon:
   emoji    the embedded model, reward scene_clip (default), see docs/results.md
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
@@ -17,9 +18,10 @@ from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"))
+  size, _ = recipes.split_argument(arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"))
   config = recipes.default("refl", "refl:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
   elif size in recipes.SMOKE:

@@ -85,7 +85,7 @@ def test_knows_the_colour_behind_what_it_never_saw(scorer):
 def test_judge_describes_images(images):
   judge = scene_judge()
   features = judge.features(judge.params, images)
-  assert features.shape == (3, 128)
+  assert features.shape == (3, 64)
   np.testing.assert_allclose(jnp.sum(features**2, axis=-1), np.ones(3), atol=1e-5)
   assert judge.style(judge.params, images).shape == (3, 3)
 
