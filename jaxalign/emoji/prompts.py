@@ -1,11 +1,12 @@
-"""The prompt files of the embedded world: `emoji_train`, `emoji_heldout` and `emoji_captions`.
+"""The prompt files of the embedded world, of scenes and of signs.
 
   python -m jaxalign.emoji.prompts --artwork=runs/drawings/artwork.npz
 
-The first two ask for what the embedded models never saw put together: a subject on a new colour, a
+`emoji_train` and `emoji_heldout` ask for what the embedded models never saw put together: a subject on a new colour, a
 new number of a subject, a new ordered pair. There a model fails often enough to be worth aligning.
 No combination is in both; training prompts differ from held-out ones in it, not only in the colour.
-`emoji_captions` are captions as in training, for distillation.
+`emoji_captions` are captions as in training, for distillation. `signs_train` and `signs_heldout`
+have no word in common, and each word has a letter at a place where training never had it.
 """
 import argparse
 import pathlib
@@ -16,13 +17,14 @@ import jax
 import numpy as np
 
 from jaxalign.config.command import exit_status
-from jaxalign.emoji import quality, scenes
+from jaxalign.emoji import quality, scenes, signs
 from jaxalign.emoji.scorers import ASSETS
 
 # Kinds of scenes, as `scenes.Table` groups them, in the order in which they take turns.
 TURNS = (1, 2, 1, 2, 0)
 COUNTS = {"train": 400, "heldout": 200}
 CAPTIONS = 2048
+WORDS = {"train": 256, "heldout": 128}
 HELD_OUT = 40              # percent of new combinations that are kept for `emoji_heldout`
 
 
@@ -58,6 +60,17 @@ def make(world: quality.World, seed: int = 0) -> dict[str, list[str]]:
   return out
 
 
+def make_signs(seed: int = 0) -> dict[str, list[str]]:
+  """The same of signs: captions of new words, none of them twice, in random colours."""
+  generator, out = np.random.default_rng(seed), {}
+  words = list(dict.fromkeys(signs.ask(2 * sum(WORDS.values()), generator, new=True)))
+  for name, count in WORDS.items():
+    chosen, words = words[:count], words[count:]
+    out[f"signs_{name}"] = [
+        signs.caption(word, str(generator.choice(scenes.COLOURS))) for word in chosen]
+  return out
+
+
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--artwork", default="runs/drawings/artwork.npz",
@@ -65,7 +78,7 @@ def main(argv=None) -> None:
   parser.add_argument("--output", type=pathlib.Path, default=ASSETS / "prompts", help="folder")
   args = parser.parse_args(argv)
   args.output.mkdir(parents=True, exist_ok=True)
-  for name, captions in make(quality.world(args.artwork)).items():
+  for name, captions in {**make(quality.world(args.artwork)), **make_signs()}.items():
     (args.output / f"{name}.txt").write_text("\n".join(captions) + "\n")
     print(f"{args.output / name}.txt: {len(captions)} prompts")
 

@@ -59,6 +59,7 @@ RECIPES = [
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
   *(f"{name}:{size}" for name in THIRTEEN for size in ("sd35", "smoke_sd3")),
+  *(f"{name}:emoji_sd3" for name in (*THIRTEEN, *OTHERS) if not name.startswith("diff_instruct")),
   *(f"{name}:{size}" for name in OTHERS
     for size in ("emoji", "smoke", "smoke_sd3", "sd15", "sd35")),
   *(f"{name}:sd35,{preset}" for name, presets in OTHERS.items() for preset in presets),
@@ -115,8 +116,8 @@ def test_what_the_published_b2_code_computes():
   """Five branches, uniform steps, and a clip range for the size of the emoji model's latents."""
   published, default = (parse(runs.recipe(a, "b2_diffurl")) for a in ("emoji,b2_code", "emoji"))
   assert (published.method.group, published.method.step_weights) == (5, "uniform")
-  assert published.sample.batch == 160 and published.method.clip_range == 0.1 * 64
-  assert default.method.step_weights == "even" and default.method.clip_range == 1e-4 * 64
+  assert published.sample.batch == 160 and published.method.clip_range == 0.1 * 16
+  assert default.method.step_weights == "even" and default.method.clip_range == 1e-4 * 16
   assert parse(runs.recipe("emoji,b2_paper", "b2_diffurl")).method == default.method
   assert parse(runs.recipe("smoke,b2_code", "b2_diffurl")).method.group == 4
   assert parse(runs.recipe("sd15,b2_code", "b2_diffurl")).method.history == 64

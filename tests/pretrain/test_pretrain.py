@@ -270,8 +270,8 @@ def test_signs_are_captioned_as_they_are_spelt_without_what_is_held_out():
   assert signs.read(images) == spelt
   assert not any(map(signs.is_new, spelt)) and "Q" not in "".join(spelt)
   generator = np.random.default_rng(0)
-  assert all(map(signs.is_new, sign_denoiser.ask(32, generator, True)))
-  assert not any(map(signs.is_new, sign_denoiser.ask(32, generator, False)))
+  assert all(map(signs.is_new, signs.ask(32, generator, True)))
+  assert not any(map(signs.is_new, signs.ask(32, generator, False)))
 
 
 def test_what_is_no_sign_is_not_read():
