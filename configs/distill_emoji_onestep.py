@@ -3,8 +3,8 @@
   python -m jaxalign.launch --config=configs/distill_emoji_onestep.py
 
 Its export is shipped as `jaxalign:emoji_onestep` (`python -m jaxalign.pretrain.onestep`), where
-configs/diff_instruct_star.py starts. Argument after a colon: emoji (default; the generator's card says
-what it took), or smoke: random-weight fixture, three updates.
+configs/diff_instruct_star.py starts. Argument after a colon: emoji (default; the generator's card
+says what it took), or smoke: random-weight fixture, three updates.
 """
 from jaxalign.config import recipes
 
