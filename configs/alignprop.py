@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/alignprop.py
 
 Arguments after a colon:
-  emoji    the embedded model, reward scene_clip (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests

@@ -5,7 +5,7 @@
       --config.reward.names="('clip_score:DIR',)"
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, yes/no reward scene (default), see docs/results.md
+  emoji    the embedded model, yes/no reward scene (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests

@@ -7,7 +7,7 @@ The images are those of configs/dno.py, and N is set so that the denoiser is cal
 samples for each update of that recipe, and three for its last score.
 
 Arguments after a colon:
-  emoji    the embedded model, reward scene_clip (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four
            candidates, for tests

@@ -4,7 +4,7 @@
   python -m jaxalign.launch --config=configs/ddpo.py:sd15 --config.model.path=DIR
 
 Arguments after a colon:
-  emoji    the embedded model, yes/no reward scene (default), see docs/results.md
+  emoji    the embedded model, yes/no reward scene (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
@@ -32,8 +32,8 @@ def get_config(arg="emoji"):
     config.method.group, config.method.min_count = 4, 4
     config.method.minibatches = 2
     config.method.clip_range = 1.6e-3           # 1.6 nats a step in 1,024 latent elements
-    # With uniform weights the densities of the last steps drown what decides the image: the reward
-    # then rises a third as far.
+    # With uniform weights the densities of the last steps drown what decides the image: in the
+    # first world (docs/first_world) the reward then rises a third as far.
     config.method.step_weights = "even"
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 1e-3, 4, 118

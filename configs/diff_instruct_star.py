@@ -4,7 +4,7 @@
 
 Arguments after a colon, joined by commas:
   emoji    the shipped generator, distilled from the embedded model by
-           configs/distill_emoji_onestep.py; reward scene_clip (default); see docs/results.md
+           configs/distill_emoji_onestep.py; reward scene_clip (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sdxl     a one-step SDXL generator (DMD2), told timestep 399, with SDXL as teacher; the published

@@ -5,8 +5,8 @@
       --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
 
 Arguments after a colon:
-  emoji    the embedded model on shipped pairs, 3-D drawings preferred to flat ones (default), see
-           docs/results.md
+  emoji    the embedded model on shipped pairs, 3-D drawings preferred to flat ones (default);
+           not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
@@ -31,7 +31,7 @@ def get_config(arg="emoji"):
   config = recipes.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
   if size in recipes.EMBEDDED or size in MISMATCH:
     make_pairs(config, size)
-    # 2000 scaled from 16384 latent elements to 256 is 31, which lets the judge fall by 0.14.
+    # 2000 scaled from 16384 latent elements to 1024 is 125.
     config.method.beta = 200.0
     config.optim.lr = 4e-4
   elif size in recipes.SMOKE:

@@ -32,7 +32,7 @@ def kind(scene: scenes.Scene) -> str:
 
 
 def by_rule(world: quality.World):
-  """`(pictures [n, 64, 64, 3] in [0, 1], scenes) -> parts of each`, as `reader.check` gives them."""
+  """`(pictures [n, 64, 64, 3] in [0, 1], scenes) -> parts of each`, as of `reader.check`."""
   reader = Reader(world.drawings, world.names)
   return lambda pictures, asked: [check(*pair) for pair in zip(asked, reader(pictures))]
 
