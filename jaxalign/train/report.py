@@ -26,8 +26,8 @@ def spread(count: int, most: int) -> np.ndarray:
   return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
-def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
-  """Fetches, checks and logs the numbers of a finished step, and what `look()` adds to them.
+def log_step(workdir, exp, step, seconds, outcome, look) -> dict[str, float]:
+  """Fetches, checks, logs and returns a finished step's numbers, and what `look()` adds to them.
 
   Args:
     outcome: values, rewards `{term: [B]}` and prompts `[B]`.
@@ -50,14 +50,9 @@ def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
     raise UserError(f"step {step}: {', '.join(bad)} is not finite (batch in {file}); lower "
                     "optim.lr, or the method's strength, in another --workdir; the checkpoints of "
                     "this one are sound")
-  workdir.log(step, seconds, {**values, **look()})
-  bar.n = step
-  shown = {name.split("/")[1]: f"{values[name]:.4f}"
-           for name in ("train/reward", "train/margin_accuracy") if name in values}
-  if "train/path_kl" in values:
-    shown["KL"] = f"{values['train/path_kl']:.2f}"
-  shown["img/s"] = f"{step * exp.config.sample.batch / max(seconds, 1e-9):.1f}"
-  bar.set_postfix(shown)
+  values.update(look())
+  workdir.log(step, seconds, values)
+  return values
 
 
 def shares_of(exp, terms, prompts) -> dict[str, float]:

@@ -60,11 +60,18 @@ def test_drift_and_path_kl_are_off_until_they_have_a_limit():
   moved = pictures(1)
   moved.features[..., 0] += 50 * np.sign(moved.features[..., 0])
   assert "drift" in signs(moved, AlarmConfig(drift=10.0))
-  assert not {"drift", "path_kl"} & signs(moved, path_kl={"value": 1e9}).keys()
-  found = signs(BASE, AlarmConfig(path_kl=100.0), path_kl={"value": 101.0})
+  assert not {"drift", "path_kl"} & signs(moved, path_kl=1e9).keys()
+  found = signs(BASE, AlarmConfig(path_kl=100.0), path_kl=101.0)
   assert found == {"path_kl": "the path KL to the base is 101 nats"}
-  assert not signs(BASE, AlarmConfig(path_kl=100.0), path_kl={"value": 99.0})
+  assert not signs(BASE, AlarmConfig(path_kl=100.0), path_kl=99.0)
   assert not signs(BASE, AlarmConfig(path_kl=100.0))
+
+
+def test_weights_that_went_far():
+  assert signs(BASE, weights=0.26) == {
+      "weights": "what is trained has moved by 26% of its size"}
+  assert not signs(BASE, weights=0.24) and not signs(BASE)
+  assert not signs(BASE, AlarmConfig(weights=0.0), weights=9.0)
 
 
 def test_one_prompt_tells_nothing():
