@@ -11,7 +11,6 @@ import threading
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -74,6 +73,7 @@ def barrier(name: str) -> None:
   """Waits until all processes are here, for as long as a compilation may take one of them."""
   if several():
     # Of the processes, not of their devices, whose collectives give up after less than a minute.
+    import orbax.checkpoint as ocp  # takes long, and a run alone does without
     ocp.multihost.sync_global_processes(name, timeout=3600)
 
 
