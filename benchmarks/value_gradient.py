@@ -49,7 +49,7 @@ def main(argv):
         initial_noise(key, ids, models.latent_shape), jnp.zeros(n)))
     images = models.decode(frozen["decoder"], x)
     return (models.score(frozen["reward"], images, batch["prepared"]),
-            exp.judge.score(exp.judge_params, images, batch["judge"]), kl)
+            exp.judge.score(exp.judge_params["judge"], images, batch["judge"]), kl)
 
   batch = gather(table, np.arange(n) % len(prompts), np.arange(n))
   before = guide(frozen, batch, 0.0, jnp.ones(sampler.steps))

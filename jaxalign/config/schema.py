@@ -275,7 +275,8 @@ class EvalConfig:
     watch_prompts, watch_samples: size of those; on training prompts, so that what they select stays
       apart from what is reported.
     batch: samples per device program.
-    judge: held-out scorer, never optimised; its features measure diversity.
+    judge: held-out scorer, never optimised.
+    features: scorer whose features measure diversity; empty: the judge, if it has any.
     path_kl: whether the tuned model's path KL to the base is measured (as many denoiser calls
       again).
   """
@@ -286,6 +287,7 @@ class EvalConfig:
   watch_samples: Annotated[int, Range(2, MOST)] = 4
   batch: Count = 64
   judge: str = "emoji_judge"
+  features: str = ""
   path_kl: bool = True
 
   def __post_init__(self):

@@ -82,7 +82,7 @@ class JudgeConfig(Config):
   Attributes:
     dim: of the features. widths: channels per resolution. text_width: of the token embeddings.
   """
-  dim: Count = 128
+  dim: Count = 64
   widths: tuple[int, ...] = (32, 64, 128)
   text_width: Count = 128
 

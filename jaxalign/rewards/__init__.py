@@ -191,8 +191,8 @@ def reweighted(reward: Reward | HostReward, weights: dict[str, float]) -> Reward
 
 
 def keep_answers(reward: Reward | HostReward, folder) -> None:
-  """Tells the parts of a reward which folder, a `pathlib.Path`, is that of their run."""
-  for _, _, part in reward.parts:
+  """Tells a reward, or its parts, which folder, a `pathlib.Path`, is that of their run."""
+  for _, _, part in reward.parts or ((reward.name, 1.0, reward),):
     if isinstance(part, HostReward) and part.keep:
       part.keep(folder)
 

@@ -115,7 +115,9 @@ def _sizes(exp: Experiment, state, at_inference: bool) -> list[str]:
              "optimizer": "optimiser", "ema": "average"}
   trees = {**{names.get(name, name): tree for name, tree in exp.frozen.items()},
            **{name.replace("_", " "): tree for name, tree in text.items()},
-           "judge": exp.judge_params}
+           "judge": exp.judge_params["judge"]}
+  if exp.observer is not exp.judge:
+    trees["features"] = exp.judge_params["observer"]
   own = {name if at_inference else trained.get(name, name.replace("_", " ")): tree
          for name, tree in state.items()}
   lines = [f"{'on the devices':24s}{'numbers':>15s}{'MiB':>11s}{'MiB on each':>14s}"]

@@ -22,7 +22,8 @@ class Samples:
     images: `[P, K, H, W, 3]` uint8.
     scores: name -> `[P, K]` f32: "reward", the terms of a weighted sum as "reward/NAME", "judge",
       and "color_accuracy" where every prompt names a background colour.
-    features: `[P, K, D]` f32, the judge's. path_kl: `[P, K]` nats, or None where not measured.
+    features: `[P, K, D]` f32, of `eval.features`.
+    path_kl: `[P, K]` nats, or None where not measured.
   """
   images: np.ndarray
   scores: dict[str, np.ndarray]
@@ -97,8 +98,9 @@ class Evaluator:
     trajectory = models.rollout(policy, frozen, batch, key, **given)
     images = models.decode(frozen["decoder"], trajectory.final)
     out = {"images": (images * 255).round().astype(jnp.uint8),
-           "scores": {"judge": exp.judge.score(judge_params, images, batch["judge"])},
-           "features": exp.judge.features(judge_params, images)}
+           "features": exp.observer.features(judge_params["observer"], images), "scores": {}}
+    if isinstance(exp.judge, Reward):
+      out["scores"]["judge"] = exp.judge.score(judge_params["judge"], images, batch["judge"])
     if isinstance(exp.reward, Reward):
       out["terms"] = exp.reward.terms(frozen["reward"], images, batch["prepared"])
     return out, trajectory
@@ -162,7 +164,10 @@ class Evaluator:
   def _scores(self, out, prompts, samples) -> dict[str, np.ndarray]:
     rows = [p for p in prompts for _ in range(samples)]
     flat = out["images"].reshape((-1,) + out["images"].shape[2:])
-    reward, scores = self._exp.reward, dict(out["scores"])
+    reward, judge, scores = self._exp.reward, self._exp.judge, dict(out["scores"])
+    if not isinstance(judge, Reward):
+      value, = processes.by_rows(judge.terms, flat, rows).values()
+      scores["judge"] = value.reshape(len(prompts), samples)
     if isinstance(reward, Reward):
       terms = {name: check_scores(name, v.reshape(-1), rows) for name, v in out["terms"].items()}
     else:

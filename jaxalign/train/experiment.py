@@ -26,6 +26,8 @@ from jaxalign.train.policy import make_models, starting_adapter
 class Experiment:
   """What a run works with. `frozen` and `judge_params` lie on the mesh.
 
+  `judge` scores what is evaluated; the features of `observer`, often the same, tell pictures apart.
+  `judge_params` are those of both, `{"judge", "observer"}`; nothing for a judge on the host.
   `put(tree, shardings)` places host arrays; in an outline, which has shapes in place of arrays, it
   says where they would lie.
   """
@@ -34,7 +36,8 @@ class Experiment:
   pipeline: Pipeline
   models: Models
   reward: Reward | HostReward
-  judge: Reward
+  judge: Reward | HostReward
+  observer: Reward
   frozen: Any
   judge_params: Any
   put: Callable
@@ -64,7 +67,7 @@ class Experiment:
     return {
         "cond": self.embed(prompts), "uncond": self.embed([""]),
         "prepared": self.reward.prepare(prompts) if isinstance(self.reward, Reward) else {},
-        "judge": self.judge.prepare(prompts),
+        "judge": self.judge.prepare(prompts) if isinstance(self.judge, Reward) else {},
     }
 
 
@@ -90,9 +93,12 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   cfg.check_devices(sharding.batch_shards(mesh))
   reward = make_reward(cfg.reward.names, cfg.reward.weights)
   judge = make_reward((cfg.eval.judge,), (1.0,))
-  if getattr(judge.parts[0][2], "features", None) is None:
-    raise UserError(f"eval.judge={cfg.eval.judge!r} gives no features, which diversity needs; "
-                    "emoji_judge does, and clip_score:DIR and its kin (docs/rewards.md)")
+  observer = make_reward((cfg.eval.features,), (1.0,)) if cfg.eval.features else judge
+  if getattr(observer.parts[0][2], "features", None) is None:
+    key = "features" if cfg.eval.features else "judge"
+    raise UserError(f"eval.{key}={getattr(cfg.eval, key)!r} gives no features, which diversity "
+                    "needs: name a scorer that does by eval.features; emoji_judge is one, and "
+                    "clip_score:DIR and its kin are (docs/rewards.md)")
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)
   pipeline = pipeline.resized(cfg.sample.height, cfg.sample.width)
@@ -104,7 +110,9 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
       pipeline.image_size, some_prompt(cfg.data.prompts, cfg.data.eval_prompts),
       cfg.method_name, gradient, outline)
   reward = open_reward(reward, lambda: trial(gradient=True), mesh)
-  judge = open_reward(judge, lambda: trial(gradient=False), mesh).parts[0][2]
+  opened = lambda scorer: open_reward(
+      scorer, lambda: trial(gradient=False), mesh).parts[0][2]
+  judge, observer = (opened(judge),) * 2 if observer is judge else map(opened, (judge, observer))
   put = placed_shapes if outline else processes.put
   # Before the config has its say: what the checkpoint itself is.
   one_step = Schedule.from_config(pipeline.scheduler_config).one_step is not None
@@ -126,9 +134,13 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
                for name in ("base", "teacher") if name in frozen}
   models = dataclasses.replace(models, frozen=frozen)
   frozen = put(frozen, sharding.param_shardings(frozen, mesh))
+  everywhere = sharding.replicated(mesh)
+  judge_params = {"observer": put(observer.params, everywhere)}
+  judge_params["judge"] = (judge_params["observer"] if judge is observer else
+                           put(getattr(judge, "params", {}), everywhere))
   return Experiment(
       config=cfg, mesh=mesh, pipeline=pipeline, models=models, reward=reward, judge=judge,
-      frozen=frozen, judge_params=put(judge.params, sharding.replicated(mesh)), put=put,
+      observer=observer, frozen=frozen, judge_params=judge_params, put=put,
       encode=jax.jit(pipeline.encode_prompts))
 
 

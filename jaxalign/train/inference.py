@@ -63,7 +63,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
   workdir.create()
   stack.callback(workdir.close)
-  keep_answers(exp.reward, workdir.path)
+  for scorer in (exp.reward, exp.judge):
+    keep_answers(scorer, workdir.path)
   search = Search(exp, method, prompts)
   total = search.total
   held = sum(a.nbytes for a in jax.tree.leaves(search.state)) / 2**20

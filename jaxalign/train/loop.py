@@ -75,7 +75,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   # Made only now, so that a config that is refused leaves no folder behind.
   workdir.create()
   stack.callback(workdir.close)
-  keep_answers(exp.reward, workdir.path)
+  for scorer in (exp.reward, exp.judge):
+    keep_answers(scorer, workdir.path)
   say(f"{cfg.recipe}: {sets}")
   say(f"mesh {dict(exp.mesh.shape)} on {exp.mesh.devices.flat[0].platform}")
   evaluate = Evaluator(exp)

@@ -138,7 +138,7 @@ def table_shapes(exp: Experiment, prompts: list[str]) -> dict:
   """`Experiment.prompt_table` with shapes where that holds embeddings."""
   prepared = exp.reward.prepare(prompts) if isinstance(exp.reward, Reward) else {}
   return {"cond": embedded(exp, len(prompts)), "uncond": embedded(exp, 1), "prepared": prepared,
-          "judge": exp.judge.prepare(prompts)}
+          "judge": exp.judge.prepare(prompts) if isinstance(exp.judge, Reward) else {}}
 
 
 def embedded(exp: Experiment, prompts: int):

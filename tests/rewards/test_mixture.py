@@ -51,8 +51,8 @@ def experiment(normalise, terms, method="ddpo", names=NAMES, weights=(1.0, 3.0))
   reward = make_reward(names, weights)
   models = analytic.make_models(
       analytic.Mixture(np.ones(1), np.zeros((1, 2)), np.ones(1)), analytic.linear_reward([1.0, 0]))
-  exp = Experiment(config=cfg, mesh=None, pipeline=None, reward=reward, judge=None, frozen={},
-                   judge_params={}, put=None, encode=None,
+  exp = Experiment(config=cfg, mesh=None, pipeline=None, reward=reward, judge=None, observer=None,
+                   frozen={}, judge_params={}, put=None, encode=None,
                    models=dataclasses.replace(models, score=reward.score))
   scores = {f"reward/{name}": terms[name] for name in names if len(names) > 1}
   total = sum(w * terms[name] for name, w in zip(names, weights))

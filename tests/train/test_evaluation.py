@@ -9,6 +9,7 @@ import pytest
 import runs
 from jaxalign import metrics
 from jaxalign.devices import rng
+from jaxalign.rewards.rules import jpeg_compressibility
 from jaxalign.sampling import guided_output, rollout
 from jaxalign.train.evaluation import Evaluator, Samples, compare, describe
 from jaxalign.train.experiment import build, gather
@@ -46,6 +47,19 @@ def test_same_noise_at_every_call():
   assert first.images.shape == (3, 2, 32, 32, 3) and first.images.dtype == np.uint8
   assert first.path_kl is None
   assert len(np.unique(first.scores["reward"])) == 6
+
+
+def test_a_black_box_can_be_the_judge():
+  """It scores the same pictures on the host; another scorer's features tell them apart."""
+  (exp, evaluate), black_box = evaluator(8), build(runs.smoke(
+      eval__batch=8, eval__judge="jpeg_compressibility", eval__features="emoji_judge"),
+      jax.devices()[:1])
+  samples, usual = (each(untouched(exp), PROMPTS, 2) for each in (Evaluator(black_box), evaluate))
+  flat = samples.images.reshape(-1, *samples.images.shape[2:])
+  expected = jpeg_compressibility().score(flat, [p for p in PROMPTS for _ in range(2)])
+  np.testing.assert_allclose(samples.scores["judge"].reshape(-1), expected, rtol=1e-6)
+  np.testing.assert_array_equal(samples.features, usual.features)
+  np.testing.assert_array_equal(samples.scores["reward"], usual.scores["reward"])
 
 
 def test_independent_of_the_batch():
