@@ -264,16 +264,6 @@ def test_pictures_of_models_are_drawn_once(tmp_path, command):
   assert process.returncode == 2 and "could not be drawn" in err and "Traceback" not in err
 
 
-def test_commands_of_the_docs_name_flags_that_exist():
-  from jaxalign.config.command import _parse
-  from jaxalign.vote import _FLAGS
-  commands = [line for file in (runs.ROOT / "docs" / "votes.md", runs.ROOT / "README.md")
-              for line in re.findall(r"python -m jaxalign\.vote +(--[^`\n]*)", file.read_text())]
-  assert len(commands) >= 4
-  for line in commands:
-    _parse(["vote", *line.split()], _FLAGS, required=("output",))
-
-
 def test_errors_are_one_line(tmp_path, command):
   process = command()
   _, err = process.communicate(timeout=60)
