@@ -36,6 +36,8 @@ _REPEATS = _FLAGS.define("float", "repeats", 0.1, "Share of them asked again, si
 _VOTERS = _FLAGS.define("list", "voters", ["me"], "Names, with commas; each gets a link.")
 _VOTER = _FLAGS.define("multi_string", "voter", [], "vlm:URL#model=NAME, a model that votes; once "
                        "for each of several.")
+_JUDGE = _FLAGS.define("string", "judge", None, "Scorer, as in reward.names: pairs of which it is "
+                       "least sure are asked more often.")
 _ALPHA = _FLAGS.define("float", "alpha", 0.05, "Error rate of the rule that ends a vote between "
                        "two models early; 0 never ends it.", lower_bound=0.0, upper_bound=0.5)
 _HOST = _FLAGS.define("string", "host", "127.0.0.1", "Address to serve on; 0.0.0.0 for others.")
@@ -96,8 +98,12 @@ def main(argv) -> None:
         folders = [_pictures(name, output / "drawn" / str(k))
                    for k, (name, _) in enumerate(models)]
         gallery = open_gallery([name for name, _ in models], folders, output)
+      doubts = None
+      if _JUDGE.value and _CHECKPOINT.value is not None:
+        from jaxalign.votes.doubt import open_doubts
+        doubts = open_doubts(_JUDGE.value, gallery, output)
       ballot = Ballot(gallery, log.append, read_events(output), votes=_VOTES.value,
-                      repeats=0.0 if voters else _REPEATS.value, seed=_SEED.value)
+                      repeats=0.0 if voters else _REPEATS.value, seed=_SEED.value, doubts=doubts)
       try:
         if voters:                       # who are asked in both orders anyway
           from jaxalign.votes.judge import vote
