@@ -111,7 +111,7 @@ def takes(command: str, args: list[str]):
     assert explain(asked)
   else:
     module = runpy.run_module(f"jaxalign.{command}", run_name="parsed")
-    _parse([command, *args], module["_FLAGS"])
+    _parse([command, *args], module["_FLAGS"], required=())
     config = module["_CONFIG"].value if command == "launch" else None
     if config is not None:
       (parse_pretraining if "task" in config else recipes.parse)(config)

@@ -1,6 +1,8 @@
-"""Where models lie that flags name. Imports nothing that takes long, as typing errors end here."""
+"""Where things lie that flags name. Imports nothing that takes long, as typing errors end here."""
 import os
 import pathlib
+import shutil
+import sys
 
 from jaxalign.config.nearest import suggestion
 from jaxalign.errors import UserError
@@ -36,3 +38,12 @@ def existing(path: pathlib.Path, flag: str = "") -> pathlib.Path:
 def checkpoint_path(name) -> pathlib.Path:
   """What `--checkpoint` names, a run's folder or a model; raises UserError if there is none."""
   return existing(model_path(name), "--checkpoint=")
+
+
+def python() -> str:
+  """What starts this Python in the user's shell: `python`, or its path where that is another."""
+  own, found = os.path.abspath(sys.executable), shutil.which("python")
+  if found and os.path.dirname(os.path.abspath(found)) == os.path.dirname(own):
+    return "python"
+  near = os.path.relpath(own)                      # a link, which is not to be followed
+  return own if near.startswith("..") else near

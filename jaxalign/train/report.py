@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxalign import metrics, viz
+from jaxalign.config.places import python
 from jaxalign.config.schema import Config
 from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
@@ -169,8 +170,8 @@ def closing(path: pathlib.Path, cfg: Config, run: Run) -> str:
   if sample.kind == "ddim" and kind.startswith("StableDiffusion") and "3" not in kind:
     own += f", eta={sample.eta:g}"
   return "\n".join([
-      *lines, f"draw more:  python -m jaxalign.sample --checkpoint={shlex.quote(str(path))} "
-      f"--prompts={prompt} --output=out",
+      *lines, f"draw more:  {shlex.quote(python())} -m jaxalign.sample "
+      f"--checkpoint={shlex.quote(str(path))} --prompts={prompt} --output=out",
       f"diffusers:  {kind}.from_pretrained({str(path / 'export')!r})(prompt, {own})"])
 
 
