@@ -32,7 +32,6 @@ def get_config(arg="emoji"):
   config.optim.b2 = 0.999
   recipes.make_at_inference(config, size)
   if size in recipes.EMBEDDED:
-    recipes.make_embedded(config, size)
     config.train.steps, config.train.checkpoint_every, config.eval.every = 20, 10, 10
     config.optim.lr = 1e-1
     config.method.rival, config.method.remat = True, "none"

@@ -5,6 +5,8 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip (default)
   emoji_sd3    the same on the embedded transformer, a flow; not measured
+  quick    the same in a quarter of the steps, with looks and evaluations of half the prompts or
+           less: to see a run from its beginning to its report, not to measure anything
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x or 2.x: adapter, optimiser, sampler and trajectories per update of
@@ -22,16 +24,21 @@ from jaxalign.methods.nabla_gfn import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.EMBEDDED, "quick", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
-  if size in recipes.EMBEDDED:
-    recipes.make_embedded(config, size)
+  if size in (*recipes.EMBEDDED, "quick"):
+    recipes.make_embedded(config, "emoji" if size == "quick" else size)
     # Taken through perturbed latents, the reward's gradient keeps more of what the images of a
     # prompt share, which is what a policy can learn.
     config.method.beta = 14.0
     config.method.perturbations, config.method.perturb_std = 2, 0.8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 32
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
+    if size == "quick":
+      config.train.steps, config.train.checkpoint_every, config.eval.every = 16, 16, 8
+      config.optim.warmup, config.optim.decay_steps = 2, 14
+      config.eval.prompts, config.eval.samples, config.eval.path_kl = 16, 4, False
+      config.eval.watch_prompts, config.eval.watch_samples = 8, 2
   elif size in recipes.SMOKE:
     recipes.make_smoke(config, size)
   else:
@@ -55,6 +62,6 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   if size in recipes.SMOKE:
     config.method.strata = 2       # of its four steps
-  elif size not in recipes.EMBEDDED:
+  elif size not in (*recipes.EMBEDDED, "quick"):
     config.method.minibatches = 1  # the batch is the fast setting's; those presets' is 16 times it
   return config

@@ -10,22 +10,12 @@ import os
 import pathlib
 import sys
 
-import jax
-import numpy as np
-
 from jaxalign.config import recipes, schema
 from jaxalign.config.command import Flags, run_command
+from jaxalign.config.places import checkpoint_path
 from jaxalign.data.prompts import read_prompts
-from jaxalign.devices import callbacks, rng, sharding
 from jaxalign.errors import UserError
-from jaxalign.models.pipeline import Pipeline
 from jaxalign.storage.files import whole
-from jaxalign.train.evaluation import Evaluator, compare, describe
-from jaxalign.train.experiment import build
-from jaxalign.train.opening import model_path, open_pipeline, own_sampler
-from jaxalign.train.policy import starting_adapter
-from jaxalign.train.report import results_table
-from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
@@ -52,11 +42,20 @@ _DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
 
 def main(argv) -> None:
   del argv
-  callbacks.be_patient()                         # a reward may be PyTorch
-  sharding.use_cores()
-  checkpoint, output = model_path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
+  checkpoint, output = checkpoint_path(_CHECKPOINT.value), pathlib.Path(_OUTPUT.value)
   prompts = read_prompts("--prompts", _PROMPTS.value)
   _check_output(output)
+  # These take seconds, which a wrong flag need not.
+  import jax
+
+  from jaxalign.devices import callbacks, rng, sharding
+  from jaxalign.train.evaluation import Evaluator, compare, describe
+  from jaxalign.train.experiment import build
+  from jaxalign.train.opening import own_sampler
+  from jaxalign.train.report import results_table
+  from jaxalign.train.restore import check_comparable, load_tuned, reference, run_config
+  callbacks.be_patient()                         # a reward may be PyTorch
+  sharding.use_cores()
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   tuned = load_tuned(checkpoint)
   base_path = _BASE.value or (cfg.model.path if cfg else None)
@@ -66,7 +65,7 @@ def main(argv) -> None:
   cfg = _with_flags(cfg)
   own = None
   if cfg.model.lora and not cfg.merges_lora and not _BASE.value:
-    own = _reference(cfg)
+    own = reference(cfg)
   # As many of this machine's devices as divide the batches, however many the run had.
   shards = math.gcd(len(jax.devices()), cfg.eval.batch, cfg.sample.batch // cfg.group // cfg.parts)
   # Whole weights as the policy: any two models of one architecture can stand beside each other.
@@ -78,7 +77,7 @@ def main(argv) -> None:
   cfg = dataclasses.replace(cfg, model=model, mesh=schema.MeshConfig(shards))
   exp = build(cfg, pipeline=own)
   if base_path is not None:
-    _check_comparable(base_path, exp.pipeline, checkpoint, tuned)
+    check_comparable(base_path, exp.pipeline, checkpoint, tuned)
   evaluate = Evaluator(exp)
 
   def draw(model, label, **kw):
@@ -100,15 +99,6 @@ def main(argv) -> None:
     print(text)                              # what took so long is not lost with a full disk
     raise UserError(f"--output={output}: {error}") from error
   print(f"all numbers in {output}")
-
-
-def _reference(cfg: schema.Config) -> Pipeline:
-  """The base model of a run whose policy started from `model.lora`.
-
-  As in the run it has the adapter's part of the text encoders, but not that of the denoiser.
-  """
-  opened = open_pipeline(cfg.model.path, cfg.model.dtype, unet=cfg.model.unet)
-  return starting_adapter(cfg, opened)[0]
 
 
 def _check_output(output: pathlib.Path) -> None:
@@ -135,21 +125,6 @@ def _with_flags(cfg: schema.Config) -> schema.Config:
       sample=dataclasses.replace(
           cfg.sample, **given(steps=_STEPS, guidance=_GUIDANCE, eta=_ETA)),
       eval=dataclasses.replace(cfg.eval, **given(judge=_JUDGE, batch=_BATCH)))
-
-
-def _check_comparable(base_path: str, base: Pipeline, checkpoint: pathlib.Path,
-                      tuned: Pipeline) -> None:
-  """UserError unless the two models differ in the weights of their denoisers only."""
-  shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
-  if type(base) is not type(tuned) or shapes(base.weights) != shapes(tuned.weights):
-    raise UserError(f"--base={base_path}: its {base.denoiser_name} has another architecture than "
-                    f"{checkpoint}")
-  for name in sorted({*base.networks, *tuned.networks} - {base.denoiser_name}):
-    mine, theirs = (pipeline.params.get(name) for pipeline in (base, tuned))
-    if shapes(mine) != shapes(theirs) or not all(
-        jax.tree.leaves(jax.tree.map(np.array_equal, mine, theirs))):
-      raise UserError(f"--base={base_path}: its {name} differs from that of {checkpoint}; the two "
-                      "are compared with one, so evaluate each alone")
 
 
 if __name__ == "__main__":

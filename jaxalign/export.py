@@ -9,10 +9,8 @@ and kohya's trainers.
 import sys
 
 from jaxalign.config.command import Flags, run_command
-from jaxalign.convert import save_adapter, save_pipeline
+from jaxalign.config.places import checkpoint_path
 from jaxalign.errors import UserError
-from jaxalign.train.opening import model_path
-from jaxalign.train.restore import load_adapters_of, load_tuned
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
@@ -28,7 +26,10 @@ _DTYPE = _FLAGS.define("enum", "dtype", "float32", ["float32", "float16", "bfloa
 
 def main(argv) -> None:
   del argv
-  checkpoint, lora = model_path(_CHECKPOINT.value), _FORMAT.value == "lora"
+  checkpoint, lora = checkpoint_path(_CHECKPOINT.value), _FORMAT.value == "lora"
+  # These take seconds, which a wrong flag need not.
+  from jaxalign.convert import save_adapter, save_pipeline
+  from jaxalign.train.restore import load_adapters_of, load_tuned
   try:
     if lora:
       adapters, denoiser = load_adapters_of(checkpoint)

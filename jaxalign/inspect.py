@@ -6,9 +6,8 @@ and sizes, kind and rank of a LoRA, what is missing, and the command that uses i
 import sys
 
 from jaxalign.config.command import exit_status
-from jaxalign.convert.inspection import inspect
+from jaxalign.config.places import existing, model_path
 from jaxalign.errors import UserError
-from jaxalign.train.opening import model_path
 
 
 def main(argv) -> None:
@@ -20,7 +19,9 @@ def main(argv) -> None:
     return
   if len(names) > 1:
     raise UserError(f"unexpected argument {names[1]!r}")
-  for name, text in inspect(model_path(names[0])).items():
+  path = existing(model_path(names[0]))
+  from jaxalign.convert.inspection import inspect  # takes seconds, which a wrong name need not
+  for name, text in inspect(path).items():
     print(f"{name:12s}{text}")
 
 

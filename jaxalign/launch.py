@@ -8,11 +8,9 @@ import sys
 
 from ml_collections import config_flags
 
-from jaxalign import train
 from jaxalign.config import explain, recipes
 from jaxalign.config.command import Flags, exit_status, run_command
 from jaxalign.config.registry import load_method, need
-from jaxalign.devices import processes
 from jaxalign.errors import UserError
 
 _FLAGS = Flags()
@@ -34,7 +32,9 @@ def main(argv) -> None:
   if "task" in _CONFIG.value:
     return _pretrain(_CONFIG.value)
   cfg = recipes.parse(_CONFIG.value)
+  from jaxalign import train  # takes seconds, which a wrong flag need not
   if _DRY_RUN.value:
+    from jaxalign.devices import processes
     from jaxalign.train.dry_run import describe
     train.start_devices(cfg)           # as the run does: the mesh is to be its own
     processes.say(describe(cfg))

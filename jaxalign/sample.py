@@ -5,30 +5,22 @@ that is shipped. Writes one PNG an image as soon as it is drawn, `grid.png` (the
 when all is there, `samples.jsonl`.
 """
 import contextlib
-import functools
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from jaxalign import viz
 from jaxalign.config.command import Flags, run_command
+from jaxalign.config.places import checkpoint_path
 from jaxalign.config.schema import SampleConfig
 from jaxalign.data.prompts import read_prompts
-from jaxalign.devices import memory, rng, sharding
 from jaxalign.errors import UserError
-from jaxalign.models.pipeline import Pipeline
-from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.storage.files import whole
-from jaxalign.train.opening import model_path, own_sampler
-from jaxalign.train.restore import load_tuned, run_config
 
 _FLAGS = Flags()
 _CHECKPOINT = _FLAGS.define("string", "checkpoint", None, "Run folder or checkpoint directory.")
@@ -50,69 +42,6 @@ _DTYPE = _FLAGS.define("enum", "dtype", None, ["float32", "bfloat16"],
                        "What networks compute in; that of the run, else float32.")
 _GRID = 32, 16         # rows and columns of grid.png, at most
 _SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".parquet")   # of files
-
-
-def generate(pipeline: Pipeline, prompts: list[str], n: int = 4, *, seed: int = 0,
-             negative_prompt: str = "", sample: SampleConfig | None = None,
-             batch: int = 32) -> np.ndarray:
-  """Images `[P, n, H, W, 3]` uint8; image (p, i) depends on prompt, p * n + i and seed only."""
-  images = np.concatenate(list(batches(pipeline, prompts, n, seed=seed, sample=sample, batch=batch,
-                                       negative_prompt=negative_prompt)))
-  return images.reshape((len(prompts), n) + images.shape[1:])
-
-
-def batches(pipeline: Pipeline, prompts: list[str], n: int, *, seed: int, negative_prompt: str,
-            sample: SampleConfig | None, batch: int) -> Iterator[np.ndarray]:
-  """The images of `generate` in order, `[B, H, W, 3]` at a time: whoever has seen them may let go.
-
-  A batch is spread over all devices.
-
-  Raises:
-    UserError: at once, of sizes that no machine can hold.
-  """
-  programs = _programs(pipeline, sample or SampleConfig())
-  total = len(prompts) * n
-  memory.check_fits(f"--n={n} for {len(prompts)} prompts", total, (), itemsize=0)
-  memory.check_fits(f"--batch={batch}", min(batch, total), (*programs[0].image_size, 3))
-  return _drawn(programs, prompts, n, seed, negative_prompt, batch)
-
-
-def _drawn(programs, prompts, n, seed, negative_prompt, batch) -> Iterator[np.ndarray]:
-  pipeline, encode, draw = programs
-  mesh = sharding.make_mesh(-1, 1, 1)
-  everywhere, rows_apart = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  text = jax.device_put(pipeline.text_params, everywhere)
-  params = jax.device_put({"base": pipeline.variables, "decoder": pipeline.params["vae"]},
-                          everywhere)
-  key = jax.device_put(rng.stream(jax.random.key(seed), rng.EVAL), everywhere)
-  total = len(prompts) * n
-  batch = -(-min(batch, total) // mesh.size) * mesh.size
-  uncond = encode(text, pipeline.tokenize([negative_prompt] * batch))
-  with tqdm(total=total, desc="sampling", unit="img") as bar:
-    for start in range(0, total, batch):
-      ids = np.arange(start, start + batch, dtype=np.int32)
-      rows = [prompts[i] for i in np.minimum(ids, total - 1) // n]    # the last batch is filled up
-      cond = encode(text, pipeline.tokenize(rows))
-      inputs = jax.device_put((Conditioning(cond, uncond), ids), rows_apart)
-      yield np.asarray(draw(params, inputs[0], key, inputs[1]))[:total - start]
-      bar.update(min(batch, total - start))
-
-
-@functools.lru_cache(maxsize=4)     # a notebook that calls `generate` again compiles nothing again
-def _programs(pipeline: Pipeline, sample: SampleConfig):
-  """The pipeline at the size of its images, and jitted `encode(text params, token ids)` and
-  `draw(params, conditioning, key, ids)`."""
-  pipeline = pipeline.resized(sample.height, sample.width)
-  schedule = Schedule.from_config(pipeline.scheduler_config)
-  sampler = make_sampler(schedule, **sample.transitions)
-  output_fn = guided_output(pipeline.denoise, sample.guidance)
-
-  def draw(params, conditioning, key, ids):
-    trajectory = rollout(output_fn, params["base"], sampler, conditioning, key, ids,
-                         pipeline.latent_shape)
-    images = pipeline.decode_images(params["decoder"], trajectory.final)
-    return (images * 255).round().astype(jnp.uint8)
-  return pipeline, jax.jit(pipeline.encode_prompts), jax.jit(draw)
 
 
 def _prompts(text: str) -> list[str]:
@@ -158,9 +87,13 @@ def _write(output: pathlib.Path, images: Iterator[np.ndarray], prompts: list[str
 
 def main(argv) -> None:
   del argv
+  checkpoint, prompts = checkpoint_path(_CHECKPOINT.value), _prompts(_PROMPTS.value)
+  # These take seconds, which a wrong flag need not.
+  from jaxalign.devices import sharding
+  from jaxalign.train.generation import batches
+  from jaxalign.train.opening import own_sampler
+  from jaxalign.train.restore import load_tuned, run_config
   sharding.use_cores()
-  checkpoint = model_path(_CHECKPOINT.value)
-  prompts = _prompts(_PROMPTS.value)
   cfg = run_config(checkpoint) if checkpoint.is_dir() else None
   chosen = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "eta": _ETA.value,
             "height": _HEIGHT.value, "width": _WIDTH.value}

@@ -9,6 +9,7 @@ each, a vision-language model votes in place of people. Writes `votes.jsonl`, `p
 which `--config.data.pairs=DIR` trains, and `verdict.json`.
 """
 import contextlib
+import importlib.util
 import json
 import pathlib
 import signal
@@ -18,6 +19,7 @@ import threading
 
 from jaxalign.config.command import Flags, run_command
 from jaxalign.config.credentials import is_loopback
+from jaxalign.config.places import existing, model_path
 from jaxalign.errors import UserError
 from jaxalign.storage.files import whole
 
@@ -34,6 +36,8 @@ _REPEATS = _FLAGS.define("float", "repeats", 0.1, "Share of them asked again, si
 _VOTERS = _FLAGS.define("list", "voters", ["me"], "Names, with commas; each gets a link.")
 _VOTER = _FLAGS.define("multi_string", "voter", [], "vlm:URL#model=NAME, a model that votes; once "
                        "for each of several.")
+_JUDGE = _FLAGS.define("string", "judge", None, "Scorer, as in reward.names: pairs of which it is "
+                       "least sure are asked more often.")
 _ALPHA = _FLAGS.define("float", "alpha", 0.05, "Error rate of the rule that ends a vote between "
                        "two models early; 0 never ends it.", lower_bound=0.0, upper_bound=0.5)
 _HOST = _FLAGS.define("string", "host", "127.0.0.1", "Address to serve on; 0.0.0.0 for others.")
@@ -74,29 +78,32 @@ def main(argv) -> None:
     from jaxalign.votes.judge import open_voters
     voters = open_voters(_VOTER.value)
   else:
-    try:
-      import starlette  # noqa: F401
-      import uvicorn  # noqa: F401
-    except ImportError as error:
-      raise UserError(f"jaxalign.vote needs {error.name}: pip install 'jaxalign[vote]'") from error
+    for name in ("starlette", "uvicorn"):
+      if importlib.util.find_spec(name) is None:
+        raise UserError(f"jaxalign.vote needs {name}: pip install 'jaxalign[vote]'")
   from jaxalign.votes.ballot import Ballot
   from jaxalign.votes.gallery import Gallery, open_gallery
   from jaxalign.votes.store import Log, read_events
   output = pathlib.Path(_OUTPUT.value)
   if _CHECKPOINT.value is None and not (output / "ballot.json").is_file():
     raise UserError(f"--checkpoint is required: {output} holds no vote to count")
+  models = [(_CHECKPOINT.value, "checkpoint"), *((name, "against") for name in _AGAINST.value)]
+  for name, flag in models if _CHECKPOINT.value is not None else ():
+    _check_source(name, flag)
   try:
     with contextlib.closing(Log(output)) as log:
       if _CHECKPOINT.value is None:
         gallery = Gallery.load(output)
       else:
-        names = [_CHECKPOINT.value, *_AGAINST.value]
-        flags = ["checkpoint"] + ["against"] * len(_AGAINST.value)
-        folders = [_pictures(name, flag, output / "drawn" / str(k))
-                   for k, (name, flag) in enumerate(zip(names, flags))]
-        gallery = open_gallery(names, folders, output)
+        folders = [_pictures(name, output / "drawn" / str(k))
+                   for k, (name, _) in enumerate(models)]
+        gallery = open_gallery([name for name, _ in models], folders, output)
+      doubts = None
+      if _JUDGE.value and _CHECKPOINT.value is not None:
+        from jaxalign.votes.doubt import open_doubts
+        doubts = open_doubts(_JUDGE.value, gallery, output)
       ballot = Ballot(gallery, log.append, read_events(output), votes=_VOTES.value,
-                      repeats=0.0 if voters else _REPEATS.value, seed=_SEED.value)
+                      repeats=0.0 if voters else _REPEATS.value, seed=_SEED.value, doubts=doubts)
       try:
         if voters:                       # who are asked in both orders anyway
           from jaxalign.votes.judge import vote
@@ -110,13 +117,21 @@ def main(argv) -> None:
     raise UserError(f"--output={output}: {error}") from error
 
 
-def _pictures(name: str, flag: str, drawn: pathlib.Path) -> pathlib.Path:
+def _check_source(name: str, flag: str) -> None:
+  """UserError unless `name` is a folder of `jaxalign.sample`, or a model that can draw."""
+  from jaxalign.votes.gallery import is_samples
+  if is_samples(pathlib.Path(name)):
+    return
+  if not _PROMPTS.value:
+    raise UserError(f"--{flag}={name}: no folder of jaxalign.sample; for a model, name --prompts")
+  existing(model_path(name), f"--{flag}=")
+
+
+def _pictures(name: str, drawn: pathlib.Path) -> pathlib.Path:
   """The folder of `jaxalign.sample` that `name` is, or that is drawn from the model there."""
   from jaxalign.votes.gallery import is_samples
   if is_samples(pathlib.Path(name)):
     return pathlib.Path(name)
-  if not _PROMPTS.value:
-    raise UserError(f"--{flag}={name}: no folder of jaxalign.sample; for a model, name --prompts")
   from jaxalign.votes.drawing import draw
   return draw(name, _PROMPTS.value, drawn, n=_N.value, seed=_SEED.value)
 

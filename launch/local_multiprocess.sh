@@ -6,6 +6,7 @@
 # What follows N is passed to `python -m jaxalign.launch` in every process. It shows on a laptop what
 # a slice or a cluster does: the same batch, split over processes. Each has one device; set
 # DEVICES_PER_PROCESS for more. Standard error of process i > 0 goes to standard error with "[i]".
+# PYTHON chooses the interpreter (default: .venv/bin/python, or python where there is none).
 #
 # SIGTERM and Ctrl-C are passed on. If a process fails, the others are killed, since they would wait
 # for it: the same command then goes on from the last checkpoint.
@@ -18,7 +19,11 @@ fi
 count=$1
 shift
 
-python=${PYTHON:-python}
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+  python=python
+  [[ -x .venv/bin/python ]] && python=.venv/bin/python
+fi
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
 pids=()

@@ -21,9 +21,10 @@ from jaxalign.errors import UserError
 from jaxalign.evaluate import main as evaluate_main
 from jaxalign.export import main as export_main
 from jaxalign.models.vae import decode_images
-from jaxalign.sample import _prompts, generate
+from jaxalign.sample import _prompts
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 from jaxalign.testing.fixture import make_pipeline_dir
+from jaxalign.train.generation import generate
 from jaxalign.train.restore import load_tuned
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -1,4 +1,5 @@
 """`python -m jaxalign`: the commands, the recipes, and the way to both."""
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 
 import runs
 from jaxalign import __main__ as overview
+from jaxalign.config.places import python
 from jaxalign.config.recipes import load_recipe, shipped_recipes
 
 
@@ -37,6 +39,22 @@ def test_a_name_runs_that_command(tmp_path):
 def test_another_name_suggests_the_nearest(capsys):
   assert overview.run(["jaxalign", "lanch"]) == 2
   assert "no command 'lanch'; did you mean 'launch'?" in capsys.readouterr().err
+
+
+def test_the_name_of_this_python(tmp_path, monkeypatch):
+  """As the shell of the user finds it: the environment may not be active."""
+  for name in ("here", "there"):
+    folder = tmp_path / name / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").symlink_to("/bin/sh")                  # an environment's is a link
+  monkeypatch.setattr(sys, "executable", str(tmp_path / "here" / ".venv" / "bin" / "python"))
+  monkeypatch.chdir(tmp_path / "here")
+  for active, expected in (("here", "python"), ("there", os.path.join(".venv", "bin", "python")),
+                           ("none", os.path.join(".venv", "bin", "python"))):
+    monkeypatch.setenv("PATH", str(tmp_path / active / ".venv" / "bin"))
+    assert python() == expected
+  monkeypatch.chdir(tmp_path / "there")
+  assert python() == sys.executable
 
 
 def test_recipes_are_found_by_name():

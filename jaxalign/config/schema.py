@@ -198,6 +198,7 @@ class AlarmConfig:
     roughness: factor on the finest-grain share of the pictures' variance; 0 is off.
     drift: how far features of pictures may move, in what the base's own noise moves them; 0 is off.
     path_kl: nats per image; 0 is off, else each look makes as many denoiser calls again.
+    weights: how far weights may move from where they started, in norms of the base's; 0 is off.
     rollbacks: how often `train.alarm="rollback"` goes back before the run ends.
     weaker: factor on the method's strength (on optim.lr, where it has none) at each of these.
   """
@@ -207,6 +208,7 @@ class AlarmConfig:
   roughness: NonNegative = 1.5
   drift: NonNegative = 0.0
   path_kl: NonNegative = 0.0
+  weights: NonNegative = 0.25
   rollbacks: Whole = 2
   weaker: Fraction = 0.5
 

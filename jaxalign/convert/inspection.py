@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from jaxalign.config.places import existing
 from jaxalign.convert import lora_names, single
 from jaxalign.convert.adapter import FILE, PEFT_CONFIG, PEFT_FILE
 from jaxalign.convert.directory import load_pipeline, read_json
@@ -42,9 +43,7 @@ def inspect(path) -> dict[str, str]:
   path = pathlib.Path(path)
   if path.is_dir():
     return _folder(path)
-  if not path.exists():
-    raise UserError(f"{path}: no such file or folder")
-  check_pointer(path)
+  check_pointer(existing(path))
   if path.suffix in PICKLES:
     return {"what": f"a pickle ({path.suffix}), not opened: it can run code when loaded",
             "use": "convert it to safetensors; or name it as model.path or model.unet, where torch "

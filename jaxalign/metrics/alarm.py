@@ -87,8 +87,8 @@ def signs(measured: dict, limits) -> dict[str, str]:
   off.
 
   Args:
-    measured: of `measure`; may have "path_kl" with a `value` in nats.
-    limits: has `errors`, `diversity`, `saturation`, `roughness`, `drift`, `path_kl`; see
+    measured: of `measure`; may have "path_kl" in nats, and "weights", see `AlarmConfig`.
+    limits: has `errors`, `diversity`, `saturation`, `roughness`, `drift`, `path_kl`, `weights`; see
       `config.schema.AlarmConfig`.
   """
   seen, clear = {}, limits.errors
@@ -107,8 +107,10 @@ def signs(measured: dict, limits) -> dict[str, str]:
   if limits.drift and value("drift", "ratio") > limits.drift:
     seen["drift"] = (f"the pictures' features moved {value('drift', 'ratio'):.0f} times as far as "
                      "the base's own noise moves them")
-  if limits.path_kl and measured.get("path_kl", {}).get("value", 0.0) > limits.path_kl:
-    seen["path_kl"] = f"the path KL to the base is {measured['path_kl']['value']:.0f} nats"
+  if limits.path_kl and measured.get("path_kl", 0.0) > limits.path_kl:
+    seen["path_kl"] = f"the path KL to the base is {measured['path_kl']:.0f} nats"
+  if limits.weights and measured.get("weights", 0.0) > limits.weights:
+    seen["weights"] = f"what is trained has moved by {measured['weights']:.0%} of its size"
   return seen
 
 

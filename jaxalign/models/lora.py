@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from jaxalign.errors import UserError
@@ -44,6 +45,24 @@ def init(key, params, rank: int, targets: Mapping[str, str]):
       tree[f"{path}/a"] = jax.random.normal(path_key, (*shape[:-1], rank), jnp.float32) / rank
       tree[f"{path}/b"] = jnp.zeros((rank, shape[-1]), jnp.float32)
   return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def distance(one, other) -> float:
+  """Frobenius norm of the difference between what two adapters of the same layers add to them.
+
+  From Gram matrices of the factors, `|A B|^2 = sum (A^T A) * (B B^T)`, on the host in f64; no
+  product of a layer's size is made.
+  """
+  one, other = (traverse_util.flatten_dict(tree, sep="/") for tree in (one, other))
+  total = 0.0
+  for path in {name.rsplit("/", 1)[0] for name in one}:
+    pick = lambda factor: [np.asarray(tree[f"{path}/{factor}"], np.float64)
+                           for tree in (one, other)]
+    a = np.concatenate(pick("a"), -1)
+    a, (b, c) = a.reshape(-1, a.shape[-1]), pick("b")
+    b = np.concatenate([b, -c])
+    total += ((a.T @ a) * (b @ b.T)).sum()
+  return float(np.sqrt(max(total, 0.0)))               # rounding may go below
 
 
 def merge(params, lora):

@@ -4,6 +4,7 @@
 progress, which every checkpoint holds.
 """
 import dataclasses
+from collections.abc import Callable
 
 from jaxalign.config import registry
 from jaxalign.config.schema import Config
@@ -18,20 +19,24 @@ def begin() -> dict:
   return {"alarms": [], "strength": 1.0, "rollbacks": 0}
 
 
-def look(cfg: Config, progress: dict, step: int, now, base) -> tuple[dict[str, float], dict]:
+def look(cfg: Config, progress: dict, step: int, now, base,
+         moved: Callable[[], float] | None = None) -> tuple[dict[str, float], dict]:
   """What the alarm adds to the log of a look, and the progress after it.
 
   Args:
     now, base: samples of the policy and of the base model, from the same prompts and noise.
+    moved: tells how far the policy's weights are from where they started, see `policy.movement`.
   """
   if cfg.train.alarm == "off":
     return {}, progress
   measured = alarm.measure(now, base)
   if getattr(now, "path_kl", None) is not None:
-    measured["path_kl"] = {"value": float(now.path_kl.mean())}
+    measured["path_kl"] = float(now.path_kl.mean())
   logged = {"eval/saturation_growth": measured["saturation"]["change"],
             "eval/roughness_ratio": measured["roughness"]["ratio"],
             "eval/drift": measured["drift"]["ratio"]}
+  if moved is not None and cfg.alarm.weights:
+    logged["eval/weights_moved"] = measured["weights"] = moved()
   return logged, heed(cfg, progress, step, alarm.signs(measured, cfg.alarm))
 
 

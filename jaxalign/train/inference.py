@@ -20,6 +20,7 @@ from jaxalign.methods import best_of_n
 from jaxalign.rewards import keep_answers
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm, steps
+from jaxalign.train.bar import Work
 from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe
 from jaxalign.train.experiment import build
 from jaxalign.train.report import (
@@ -106,15 +107,13 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
     save_pictures(workdir, "samples/step_000000.png", base, prompts, cfg)
   say(search.compile())
 
-  def report(bar, step, seconds, values, look):
+  def report(step, seconds, values, look):
     values = means(values, total, step)
     if values.get("train/active") == 0 and not progress["last"]:
       progress["last"] = step + 1
-    workdir.log(step, seconds, {**values, **look()})
-    bar.n = step
-    shown = {name: f"{values[f'train/{key}']:.4f}" for name, key in (
-        ("reward", "reward"), ("best", "best_reward")) if f"train/{key}" in values}
-    bar.set_postfix({**shown, "img/s": f"{step * total / max(seconds, 1e-9):.2f}"})
+    values.update(look())
+    workdir.log(step, seconds, values)
+    return values
 
   def look(step):
     """The evaluation of this step: what it adds to the log; judges progress."""
@@ -135,7 +134,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
     return f"no image improved for {cfg.method.patience} steps (method.patience)"
 
   step = steps.take(cfg, workdir, checkpoints, progress, step, advance=search.step, report=report,
-                    look=look, content=lambda: search.state, ended=ended)
+                    look=look, content=lambda: search.state, ended=ended,
+                    work=Work(total, search.operations, tuple(exp.mesh.devices.flat)))
 
   # ------------------------------------------------------------------ product
   begun = time.monotonic()

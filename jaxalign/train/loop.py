@@ -21,10 +21,11 @@ from jaxalign.errors import UserError
 from jaxalign.rewards import keep_answers
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm, steps
+from jaxalign.train.bar import Work
 from jaxalign.train.evaluation import Evaluator, calibrated, compare, describe, exact_tilt
 from jaxalign.train.experiment import build
 from jaxalign.train.pairs import PairTable
-from jaxalign.train.policy import policy_weights
+from jaxalign.train.policy import movement, policy_weights
 from jaxalign.train.programs import Programs
 from jaxalign.train.report import (
   before_and_after,
@@ -83,6 +84,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
   untouched = jax.jit(exp.models.init_policy)(rng.stream(root, rng.INIT),
                                               {"base": exp.frozen["base"]})
   untouched = jax.device_put(untouched, sharding.param_shardings(untouched, exp.mesh))
+
+  moved = movement(cfg, untouched, exp.models.frozen["base"]["params"])
 
   # ------------------------------------------------------------------ base model
   watched = [train_prompts[i] for i in spread(len(train_prompts), cfg.eval.watch_prompts)]
@@ -181,7 +184,8 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
     save_pictures(workdir, f"samples/step_{step:06d}.png", samples, watched, cfg)
     seen = watch_metrics(samples, base_watch)
     progress.update(judge_progress(cfg, progress, step, seen))
-    logged, after = alarm.look(cfg, progress, step, samples, base_watch)
+    logged, after = alarm.look(cfg, progress, step, samples, base_watch,
+                               lambda: moved(method.product(state)))
     quiet = len(after["alarms"]) == len(progress["alarms"])
     progress.update(after)
     if cfg.train.keep_best and progress["best_step"] == step:
@@ -210,11 +214,12 @@ def _run(cfg, path, devices, stack, on_step, on_look) -> dict:
       checkpoints.save(step, content(), progress)
     workdir.open_metrics(step, cfg.log.to, on_step)
 
+  devices = tuple(exp.mesh.devices.flat)
   while True:
     compile_programs()
     step = steps.take(cfg, workdir, checkpoints, progress, step, advance=advance, look=look,
-                      content=content,
-                      report=functools.partial(log_step, workdir, exp))
+                      content=content, report=functools.partial(log_step, workdir, exp),
+                      work=Work(cfg.sample.batch, programs.operations, devices))
     if not alarm.to_roll_back(cfg, progress):
       break
     go_back()

@@ -1,10 +1,8 @@
 """Opening a model by name: shipped ones, architectures without weights, directories, hub ids."""
 import functools
-import os
-import pathlib
 import tempfile
 
-from jaxalign.config.nearest import suggestion
+from jaxalign.config.places import ASSETS
 from jaxalign.config.schema import SampleConfig
 from jaxalign.convert import load_pipeline
 from jaxalign.errors import UserError
@@ -12,8 +10,6 @@ from jaxalign.models.architectures import ARCHITECTURES, architecture
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.sampling import Schedule
-
-ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 
 
 def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: str = "",
@@ -46,23 +42,6 @@ def open_pipeline(path: str, dtype: str = "float32", remat: str = "none", unet: 
       raise UserError(f"model.path={path}: no model of this name is shipped")
     return load(folder)
   return load(path)
-
-
-def model_path(name) -> pathlib.Path:
-  """The folder or file that a flag like `--checkpoint` names; `jaxalign:NAME` is a shipped model.
-
-  Raises:
-    UserError: no model of that name is shipped.
-  """
-  name = os.fspath(name)
-  if not name.startswith("jaxalign:"):
-    return pathlib.Path(name)
-  folder = ASSETS / name.removeprefix("jaxalign:")
-  if not (folder / "model_index.json").is_file():
-    known = sorted(f"jaxalign:{file.parent.name}" for file in ASSETS.glob("*/model_index.json"))
-    raise UserError(f"{name}: no model of this name is shipped{suggestion(name, known)}; there are "
-                    f"{', '.join(known)}")
-  return folder
 
 
 def own_sampler(pipeline: Pipeline) -> SampleConfig:

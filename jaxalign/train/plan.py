@@ -10,7 +10,6 @@ import math
 import os
 import re
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,26 +18,14 @@ from jaxalign import methods
 from jaxalign.config.schema import Config
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, sharding
+from jaxalign.devices.chips import CHIPS, GIB, Chip
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
 from jaxalign.train.experiment import Experiment, build
 from jaxalign.train.opening import open_pipeline
 from jaxalign.train.pairs import PairTable
-from jaxalign.train.programs import Programs
+from jaxalign.train.programs import Programs, operations
 
-
-class Chip(NamedTuple):
-  """Published figures of one chip: bytes of memory, bf16 FLOP/s, bytes/s of memory and of links."""
-  memory: float
-  flops: float
-  bandwidth: float
-  links: float
-
-
-GIB = 2 ** 30
-# Cloud TPU documentation, system architecture pages; links: interchip Gbit/s over eight.
-CHIPS = {"v4": Chip(32 * GIB, 275e12, 1228e9, 300e9), "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9),
-         "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9), "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9)}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
          "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -214,36 +201,6 @@ def refused(message: str, resident: int, flops: float, seconds: float) -> Need:
   temporary = int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
   return Need(arguments=resident, outputs=0, temporary=temporary, code=0, flops=flops,
               traffic=math.nan, collective=math.nan, seconds=seconds)
-
-
-def operations(jaxpr) -> float:
-  """Multiplications and additions of the matrix products and convolutions of a jaxpr.
-
-  A scan's body counts as often as it runs, a kernel's for every cell of its grid, the larger branch
-  of a conditional once, the body of an open-ended loop once.
-  """
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-      (contracted, _), _ = params["dimension_numbers"]
-      shape = eqn.invars[0].aval.shape
-      total += 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-    elif name == "conv_general_dilated":
-      kernel = eqn.invars[1].aval
-      features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-      total += 2 * eqn.outvars[0].aval.size * kernel.size / features
-    elif name == "cond":
-      total += max(operations(branch.jaxpr) for branch in params["branches"])
-    else:
-      times = params["length"] if name == "scan" else 1
-      if name == "pallas_call":
-        times = math.prod(params["grid_mapping"].grid)
-      elif name == "shard_map":                  # what every chip does
-        times = params["mesh"].size
-      inner = [v for v in params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
-      total += times * sum(operations(getattr(v, "jaxpr", v)) for v in inner)
-  return total
 
 
 def collective_bytes(hlo: str) -> float:

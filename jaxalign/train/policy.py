@@ -1,6 +1,8 @@
 """The seam to methods: what is trained, what it starts from, and `Models` around a pipeline."""
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxalign.config.schema import Config
 from jaxalign.convert import load_adapters
-from jaxalign.devices import sharding
+from jaxalign.devices import processes, sharding
 from jaxalign.errors import UserError
 from jaxalign.methods import FlowNet, Models
 from jaxalign.models import lora
@@ -73,6 +75,32 @@ def _teacher(path: str, pipeline: Pipeline):
   if not same:
     raise UserError(f"model.teacher={path}: its text encoders differ from those of model.path")
   return other.variables
+
+
+def movement(cfg: Config, start, base) -> Callable[[Any], float]:
+  """`policy -> |W - W_start| / |W_base|`: Frobenius norms over all weights that it changes.
+
+  Computed on the host, in f64; 0 at the start. All processes must call it.
+
+  Args:
+    start: the policy at the start; not read where all weights are trained, which start as `base`.
+    base: host parameters of the denoiser.
+  """
+  flat = traverse_util.flatten_dict(base, sep="/")
+  square = lambda a: float(np.square(np.asarray(a, np.float64)).sum())
+  if cfg.trains_all:
+    size = sum(map(square, flat.values()))
+
+    def moved(policy) -> float:
+      now = traverse_util.flatten_dict(policy, sep="/")
+      # One after the other: the policy may be larger than what is free here.
+      gaps = (processes.fetch(now[name]) - np.asarray(a, np.float64) for name, a in flat.items())
+      return float(np.sqrt(sum(map(square, gaps)) / size))
+    return moved
+  start = processes.fetch(start)
+  names = {name.rsplit("/", 1)[0] for name in traverse_util.flatten_dict(start, sep="/")}
+  size = np.sqrt(sum(square(flat[f"{name}/kernel"]) for name in names))
+  return lambda policy: lora.distance(processes.fetch(policy), start) / float(size)
 
 
 def adapters_of(cfg: Config, pipeline: Pipeline) -> dict:

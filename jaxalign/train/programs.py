@@ -1,4 +1,5 @@
 """The compiled parts of a training step: collect and score, then update."""
+import math
 import time
 
 import jax
@@ -27,8 +28,9 @@ class Programs:
     ids = np.arange(exp.config.sample.batch, dtype=np.int32)
     self._ids, self._example = exp.put_batch(ids), self._put(ids)
     self._collect = self._update = None
-    # Known once compiled: bytes of one device; whether a step reads the base model.
-    self.update_bytes, self.read_base = 0, True
+    # Known once compiled: bytes of one device; whether a step reads the base model; operations of
+    # a step, nan where a loop of unknown length is in it.
+    self.update_bytes, self.read_base, self.operations = 0, True, math.nan
 
   def init(self):
     """The initial state, made on the devices where it stays."""
@@ -56,9 +58,10 @@ class Programs:
     """Compiles both programs ahead of time for this state; returns a line about it."""
     begun = time.monotonic()
     with processes.progress(total=2, desc="compiling", unit="program", leave=False) as bar:
-      programs, self.read_base = [], False
+      programs, self.read_base, self.operations = [], False, 0.0
       for traced in self.traced(state).values():
         self.read_base |= reads(traced, 1, "base", "params")
+        self.operations += operations(traced.jaxpr.jaxpr, math.nan)
         with callbacks.lowering(self._exp.config.method_name):
           programs.append(traced.lower().compile())
         bar.update()
@@ -135,6 +138,37 @@ def reads(traced: jax.stages.Traced, argument: int, *names: str) -> bool:
       keys.tree_leaves_with_path(traced.args_info[0]), jaxpr.invars, strict=True) if entry(path)}
   used = [*jaxpr.outvars, *(var for equation in jaxpr.eqns for var in equation.invars)]
   return any(id(var) in own for var in used)
+
+
+def operations(jaxpr, open_ended: float = 1.0) -> float:
+  """Multiplications and additions of the matrix products and convolutions of a jaxpr.
+
+  A scan's body counts as often as it runs, a kernel's for every cell of its grid, the larger branch
+  of a conditional once, the body of an open-ended loop `open_ended` times.
+  """
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      shape = eqn.invars[0].aval.shape
+      total += 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+    elif name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval
+      features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+      total += 2 * eqn.outvars[0].aval.size * kernel.size / features
+    elif name == "cond":
+      total += float(np.max([operations(b.jaxpr, open_ended) for b in params["branches"]]))
+    else:
+      times = {"scan": params.get("length"), "while": open_ended}.get(name, 1)
+      if name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
+      elif name == "shard_map":                  # what every chip does
+        times = params["mesh"].size
+      inner = [v for v in params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+      inside = sum(operations(getattr(v, "jaxpr", v), open_ended) for v in inner)
+      total += times * inside if inside else 0.0         # not nan for a loop without products
+  return total
 
 
 def needed_bytes(compiled) -> int:

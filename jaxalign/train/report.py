@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxalign import metrics, viz
+from jaxalign.config.places import python
 from jaxalign.config.schema import Config
 from jaxalign.devices import callbacks, processes
 from jaxalign.errors import UserError
@@ -26,8 +27,8 @@ def spread(count: int, most: int) -> np.ndarray:
   return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
-def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
-  """Fetches, checks and logs the numbers of a finished step, and what `look()` adds to them.
+def log_step(workdir, exp, step, seconds, outcome, look) -> dict[str, float]:
+  """Fetches, checks, logs and returns a finished step's numbers, and what `look()` adds to them.
 
   Args:
     outcome: values, rewards `{term: [B]}` and prompts `[B]`.
@@ -50,14 +51,9 @@ def log_step(workdir, exp, bar, step, seconds, outcome, look) -> None:
     raise UserError(f"step {step}: {', '.join(bad)} is not finite (batch in {file}); lower "
                     "optim.lr, or the method's strength, in another --workdir; the checkpoints of "
                     "this one are sound")
-  workdir.log(step, seconds, {**values, **look()})
-  bar.n = step
-  shown = {name.split("/")[1]: f"{values[name]:.4f}"
-           for name in ("train/reward", "train/margin_accuracy") if name in values}
-  if "train/path_kl" in values:
-    shown["KL"] = f"{values['train/path_kl']:.2f}"
-  shown["img/s"] = f"{step * exp.config.sample.batch / max(seconds, 1e-9):.1f}"
-  bar.set_postfix(shown)
+  values.update(look())
+  workdir.log(step, seconds, values)
+  return values
 
 
 def shares_of(exp, terms, prompts) -> dict[str, float]:
@@ -174,8 +170,8 @@ def closing(path: pathlib.Path, cfg: Config, run: Run) -> str:
   if sample.kind == "ddim" and kind.startswith("StableDiffusion") and "3" not in kind:
     own += f", eta={sample.eta:g}"
   return "\n".join([
-      *lines, f"draw more:  python -m jaxalign.sample --checkpoint={shlex.quote(str(path))} "
-      f"--prompts={prompt} --output=out",
+      *lines, f"draw more:  {shlex.quote(python())} -m jaxalign.sample "
+      f"--checkpoint={shlex.quote(str(path))} --prompts={prompt} --output=out",
       f"diffusers:  {kind}.from_pretrained({str(path / 'export')!r})(prompt, {own})"])
 
 

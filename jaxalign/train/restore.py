@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxalign import methods
 from jaxalign.config import recipes, schema
-from jaxalign.config.nearest import suggestion
+from jaxalign.config.places import checkpoint_path
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import some_prompt
 from jaxalign.devices import rng
@@ -17,7 +17,8 @@ from jaxalign.models.pipeline import Pipeline
 from jaxalign.reports.reading import read_summary
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train.experiment import build, gather
-from jaxalign.train.policy import adapters_of, policy_weights
+from jaxalign.train.opening import open_pipeline
+from jaxalign.train.policy import adapters_of, policy_weights, starting_adapter
 
 
 def run_config(checkpoint: pathlib.Path) -> schema.Config | None:
@@ -39,10 +40,7 @@ def load_tuned(checkpoint: pathlib.Path, dtype: str | None = None) -> Pipeline:
   Raises:
     UserError: the directory is none of these, or damaged.
   """
-  if not checkpoint.exists():
-    near = suggestion(str(checkpoint), map(str, checkpoint.parent.glob("*")))
-    raise UserError(f"--checkpoint={checkpoint}: no such file or directory{near}")
-  cfg = run_config(checkpoint)
+  cfg = run_config(checkpoint_path(checkpoint))
   if cfg is None:
     return load_pipeline(checkpoint, dtype=dtype or "float32")
   if cfg.at_inference:
@@ -74,6 +72,30 @@ def load_adapters_of(checkpoint: pathlib.Path) -> tuple[dict, str]:
   name = exp.pipeline.denoiser_name
   return {name: policy, **{other: start.get(other, {})
                            for other in exp.pipeline.text_encoders}}, name
+
+
+def reference(cfg: schema.Config) -> Pipeline:
+  """The base model of a run whose policy started from `model.lora`.
+
+  As in the run it has the adapter's part of the text encoders, but not that of the denoiser.
+  """
+  opened = open_pipeline(cfg.model.path, cfg.model.dtype, unet=cfg.model.unet)
+  return starting_adapter(cfg, opened)[0]
+
+
+def check_comparable(base_path: str, base: Pipeline, checkpoint: pathlib.Path,
+                      tuned: Pipeline) -> None:
+  """UserError unless the two models differ in the weights of their denoisers only."""
+  shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
+  if type(base) is not type(tuned) or shapes(base.weights) != shapes(tuned.weights):
+    raise UserError(f"--base={base_path}: its {base.denoiser_name} has another architecture than "
+                    f"{checkpoint}")
+  for name in sorted({*base.networks, *tuned.networks} - {base.denoiser_name}):
+    mine, theirs = (pipeline.params.get(name) for pipeline in (base, tuned))
+    if shapes(mine) != shapes(theirs) or not all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, mine, theirs))):
+      raise UserError(f"--base={base_path}: its {name} differs from that of {checkpoint}; the two "
+                      "are compared with one, so evaluate each alone")
 
 
 def _summary(checkpoint: pathlib.Path) -> dict | None:

@@ -1,4 +1,5 @@
 """The state of a method at inference: one row an image, in batches, and its compiled update."""
+import math
 import time
 
 import jax
@@ -12,7 +13,7 @@ from jaxalign.errors import UserError
 from jaxalign.methods.shared.noise import draw
 from jaxalign.rewards import HostReward, weighted_sum
 from jaxalign.train.experiment import Experiment, gather
-from jaxalign.train.programs import needed_bytes
+from jaxalign.train.programs import needed_bytes, operations
 
 
 class Search:
@@ -39,6 +40,7 @@ class Search:
     self._product = jax.jit(method.product)
     self.state = self._init()
     self._step = self._collect = self._update = None
+    self.operations = 0.0                          # of a step, once it is compiled
 
   def adopt(self, exp: Experiment, method: methods.Method) -> None:
     """Goes on with a method that knows the reward's spread, before anything is compiled."""
@@ -83,8 +85,12 @@ class Search:
     placed = lambda tree: jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
             exp.mesh, sharding.BATCH if s.ndim else sharding.P())), tree)
-    lower = lambda f, donate, *args: jax.jit(f, donate_argnums=donate, out_shardings=(
-        self._shardings(jax.eval_shape(f, *args)))).lower(*args)
+
+    def lower(f, donate, *args):
+      traced = jax.jit(f, donate_argnums=donate, out_shardings=(
+          self._shardings(jax.eval_shape(f, *args)))).trace(*args)
+      self.operations += len(self._batches) * operations(traced.jaxpr.jaxpr, math.nan)
+      return traced.lower()
     with processes.progress(total=1, desc="compiling", unit="program", leave=False):
       if isinstance(exp.reward, HostReward):
         experience, images = placed(jax.eval_shape(collect, state, exp.frozen, batch, key))

@@ -10,6 +10,7 @@ from jaxalign.devices import processes
 from jaxalign.errors import Stopped, UserError
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import alarm
+from jaxalign.train.bar import Bar, Work
 from jaxalign.train.workdir import Workdir
 
 AGREE_EVERY = 10         # steps between questions that several processes must answer alike
@@ -53,16 +54,17 @@ def resume(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, content, pr
 
 def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dict, step: int, *,
          advance: Callable, report: Callable, look: Callable, content: Callable,
-         ended: Callable = lambda step: "") -> int:
+         work: Work, ended: Callable = lambda step: "") -> int:
   """Takes steps until `train.steps`, or until something ends the run before; returns the last one.
 
   Args:
     progress: see `begin`; changed in place.
     advance: `step -> values`; takes the step after `step` and does not wait for the device.
-    report: `(bar, step, seconds, values, look)`; logs a step, whose values it fetches while the
-      next one runs, with what `look()` adds.
+    report: `(step, seconds, values, look) -> dict`; logs a step, whose values it fetches while the
+      next one runs, with what `look()` adds; returns all that.
     look: `step -> dict`; the evaluation after that step, which judges the progress.
     content: `() -> tree`; what a checkpoint holds.
+    work: of a step, for its speed.
     ended: `step -> str`; why the run ends after that step, or "".
   Raises:
     Stopped: SIGTERM or Ctrl-C; the state is saved.
@@ -72,15 +74,14 @@ def take(cfg: Config, workdir: Workdir, checkpoints: Checkpointer, progress: dic
   def settle(look=dict):
     nonlocal pending
     if pending is not None:
-      report(bar, *pending, look)
+      bar.show(*pending[:2], report(*pending, look))
       pending = None
 
   if progress["look_due"]:
     progress["look_due"] = False
     workdir.log(step, before, look(step))
     clock = time.monotonic()
-  with processes.Notice() as notice, processes.progress(
-      total=cfg.train.steps, initial=step, desc=cfg.recipe, unit="step") as bar:
+  with processes.Notice() as notice, Bar(cfg, step, work) as bar:
     while step < cfg.train.steps and not progress["stopped"]:
       values = advance(step)
       settle()

@@ -8,9 +8,10 @@ have a pair left for this voter, and of its pairs left one with probability
   q(pair) = (1 - s) (1/2 1/n + 1/2 difference / sum of differences)  +  s 1/m [seen by others]
 
 so pictures that look unlike come first, and where m > 0 of the n pairs left were shown to others,
-s = 1/4 of the asks go there: without shared pairs, agreement between voters can't be measured.
-q is logged, is never below 3/8 of uniform and depends on counts alone, never on what was voted;
-`statistics.weights` undoes it.
+s = 1/4 of the asks go there: without shared pairs, agreement between voters can't be measured. With
+a judge (`votes.doubt`) half of what goes to unlike pictures goes to pairs of which it is unsure, in
+proportion to its doubt. q is logged, is never below 3/8 of uniform and depends on counts alone,
+never on what was voted; `statistics.weights` undoes it.
 """
 import dataclasses
 import datetime
@@ -51,12 +52,19 @@ class Ballot:
   """
 
   def __init__(self, gallery: Gallery, log: Callable[[dict], None], events=(), *,
-               votes: int = 100, repeats: float = 0.1, seed: int = 0):
+               votes: int = 100, repeats: float = 0.1, seed: int = 0, doubts=None):
+    """
+    Args:
+      log: called with an event, returns when it is kept. events: what was logged before.
+      votes, repeats: asked of a voter, and the share of these asked again. seed: of the draws.
+      doubts: `[pairs]` in [0, 1], a judge's; may be another one's than in earlier draws.
+    """
     self.gallery = gallery
     self.new = min(len(gallery.pairs), max(1, votes - round(votes * repeats)))
     self.again = min(self.new, round(self.new * repeats / (1 - repeats)))
     self.total = self.new + self.again
     self._log, self._seed, self._lock = log, seed, threading.RLock()
+    self._doubts = doubts
     self._of_prompt = {}
     for i in range(len(gallery.pairs)):
       self._of_prompt.setdefault(gallery.prompt_of(i), []).append(i)
@@ -147,8 +155,11 @@ class Ballot:
     fewest = min(rank.values())
     prompts = [p for p, r in rank.items() if r == fewest]
     pairs = left[prompts[generator.integers(len(prompts))]]
-    unlike = np.array([self.gallery.pairs[i].difference for i in pairs]) + 1e-6
-    q = 0.5 / len(pairs) + 0.5 * unlike / unlike.sum()
+    telling = [np.array([self.gallery.pairs[i].difference for i in pairs])]
+    if self._doubts is not None:
+      telling.append(self._doubts[pairs])
+    shares = [(values + 1e-6) / (values + 1e-6).sum() for values in telling]
+    q = 0.5 / len(pairs) + 0.5 * np.mean(shares, axis=0)
     shared = np.array([bool(self._seen.get(i, set()) - {voter}) for i in pairs], float)
     if shared.any():
       q = (1 - _SHARED) * q + _SHARED * shared / shared.sum()

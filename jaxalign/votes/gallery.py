@@ -86,6 +86,15 @@ def picture_file(folder: pathlib.Path, digest: str) -> pathlib.Path:
   return folder / "pictures" / f"{digest}.png"
 
 
+def read_pixels(file: pathlib.Path) -> np.ndarray:
+  """`[H, W, 3]` uint8."""
+  try:
+    with Image.open(file, formats=("PNG",)) as image:
+      return np.asarray(image.convert("RGB"))
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise UserError(f"{file}: not a PNG picture that can be read ({error})") from error
+
+
 def is_samples(folder: pathlib.Path) -> bool:
   return (folder / "samples.jsonl").is_file()
 

@@ -2,15 +2,12 @@
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
-from PIL import Image
-
 from jaxalign.config.credentials import JUDGE
 from jaxalign.devices import processes
 from jaxalign.errors import UserError
 from jaxalign.rewards.vlm import Judge
 from jaxalign.votes.ballot import Ballot
-from jaxalign.votes.gallery import picture_file
+from jaxalign.votes.gallery import picture_file, read_pixels
 
 ASK = ("Both pictures were made for this text: {prompt}\nWhich one is better, by how well it fits "
        "the text and how good it looks? Answer 1 or 2, nothing else.")
@@ -53,7 +50,7 @@ def vote(ballot: Ballot, folder: pathlib.Path, voter: str, judge: Judge,
     while not over() and (ask := ballot.next(voter)):
       left, right = (ballot.gallery.pictures[i] for i in ballot.sides(ask))
       prompt = ballot.gallery.prompts[left.prompt]
-      pixels = [_pixels(picture_file(folder, picture.digest)) for picture in (left, right)]
+      pixels = [read_pixels(picture_file(folder, picture.digest)) for picture in (left, right)]
       answers = judge.judge([(pixels, prompt), (pixels[::-1], prompt)])
       shares = [None if a is None else (a - second) / (first - second) for a in answers]
       choice = choose(*shares)
@@ -80,12 +77,3 @@ def choose(left_first: float | None, right_first: float | None) -> str:
   if left_first < 0.5 < right_first:
     return "right"
   return "equal"
-
-
-def _pixels(file: pathlib.Path) -> np.ndarray:
-  """`[H, W, 3]` uint8."""
-  try:
-    with Image.open(file, formats=("PNG",)) as image:
-      return np.asarray(image.convert("RGB"))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise UserError(f"{file}: not a PNG picture that can be read ({error})") from error

@@ -40,7 +40,7 @@ OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "das": DAS_PR
           "dpok": DPOK_PRESETS, "fk_steering": FK_PRESETS, "flow_grpo": FLOW_GRPO_PRESETS,
           "nft": NFT_PRESETS, "ram": {}, "svdd": SVDD_PRESETS}
 RECIPES = [
-  *(f"nabla_gfn:{size}" for size in ("emoji", "smoke", "sd15", "sdxl")),
+  *(f"nabla_gfn:{size}" for size in ("emoji", "quick", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
   "ddpo:emoji", "ddpo:scene_clip", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
@@ -59,6 +59,7 @@ RECIPES = [
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
   *(f"{name}:{size}" for name in THIRTEEN for size in ("sd35", "smoke_sd3")),
+  *(f"{name}:signs" for name in ("awm", "b2_diffurl", "ddpo", "flow_grpo", "nft")),
   *(f"{name}:emoji_sd3" for name in (*THIRTEEN, *OTHERS) if not name.startswith("diff_instruct")),
   *(f"{name}:{size}" for name in OTHERS
     for size in ("emoji", "smoke", "smoke_sd3", "sd15", "sd35")),

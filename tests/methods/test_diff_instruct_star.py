@@ -632,9 +632,8 @@ def test_mistakes_name_their_key():
 
 @pytest.mark.slow
 def test_smoke_run_writes_a_generator_that_samples_in_one_step(tmp_path):
-  from jaxalign import sample
   from jaxalign.convert import load_pipeline
-  from jaxalign.train import run
+  from jaxalign.train import generation, run
   from jaxalign.train.opening import own_sampler
   cfg = runs.smoke("diff_instruct_star", train__checkpoint_every=2)
   summary = run(cfg, tmp_path / "run")
@@ -643,7 +642,7 @@ def test_smoke_run_writes_a_generator_that_samples_in_one_step(tmp_path):
   assert pipeline.scheduler_config["one_step_timestep"] == 625
   own = own_sampler(pipeline)
   assert (own.kind, own.steps, own.guidance) == ("one_step", 1, 1.0)
-  images = sample.generate(pipeline, ["a cat on a red background"], 2, sample=own)
+  images = generation.generate(pipeline, ["a cat on a red background"], 2, sample=own)
   assert images.shape == (1, 2, 32, 32, 3)
 
 

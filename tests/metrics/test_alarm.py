@@ -1,7 +1,10 @@
 """Signs of cheating in pictures, scores and features: what breaks a rule, and what must not."""
+import json
+
 import numpy as np
 import pytest
 
+from benchmarks import alarm as benchmark
 from jaxalign.config.schema import AlarmConfig
 from jaxalign.metrics import alarm
 from jaxalign.reports.reading import Pictures
@@ -60,11 +63,18 @@ def test_drift_and_path_kl_are_off_until_they_have_a_limit():
   moved = pictures(1)
   moved.features[..., 0] += 50 * np.sign(moved.features[..., 0])
   assert "drift" in signs(moved, AlarmConfig(drift=10.0))
-  assert not {"drift", "path_kl"} & signs(moved, path_kl={"value": 1e9}).keys()
-  found = signs(BASE, AlarmConfig(path_kl=100.0), path_kl={"value": 101.0})
+  assert not {"drift", "path_kl"} & signs(moved, path_kl=1e9).keys()
+  found = signs(BASE, AlarmConfig(path_kl=100.0), path_kl=101.0)
   assert found == {"path_kl": "the path KL to the base is 101 nats"}
-  assert not signs(BASE, AlarmConfig(path_kl=100.0), path_kl={"value": 99.0})
+  assert not signs(BASE, AlarmConfig(path_kl=100.0), path_kl=99.0)
   assert not signs(BASE, AlarmConfig(path_kl=100.0))
+
+
+def test_weights_that_went_far():
+  assert signs(BASE, weights=0.26) == {
+      "weights": "what is trained has moved by 26% of its size"}
+  assert not signs(BASE, weights=0.24) and not signs(BASE)
+  assert not signs(BASE, AlarmConfig(weights=0.0), weights=9.0)
 
 
 def test_one_prompt_tells_nothing():
@@ -101,3 +111,23 @@ def test_false_alarms_are_rare_on_noise(near):
   looks = [alarm.signs(alarm.measure(pictures(2 * k + 1, near=near), pictures(2 * k, near=near)),
                        AlarmConfig()) for k in range(150)]
   assert sum(map(bool, looks)) <= 1
+
+
+def test_the_table_of_caught_and_false_alarms(tmp_path):
+  """What was known before the first cry, beside what came of it; a failed run counts not."""
+  for name, alarms in {"draft-strong": [8, 12], "ddpo-brightness": [], "draft": [4]}.items():
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({
+        "steps": 12, "alarms": [{"step": step, "signs": {"judge": ""}} for step in alarms],
+        "tuned": {"diversity": {"ratio_to_base": 0.5}}}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({
+        "step": step, **({} if step % 4 else {
+            "eval/reward_change": step / 10, "eval/judge_change": -step / 100})}) + "\n"
+        for step in range(1, 13)))
+  text = benchmark.table(["draft-strong", "ddpo-brightness", "draft", "dno"], tmp_path,
+                         {"dno": "not finite"}).splitlines()
+  assert text[2] == ("| draft-strong | cheats | 12 | step 8: judge | +0.4000 | +1.2000 | -0.0400 | "
+                     "-0.1200 | 50% |")
+  assert "| never | +1.2000 | +1.2000 | -0.1200" in text[3] and "+0.0000 | +1.2000" in text[4]
+  assert text[-3:] == ["caught: 1 of 2", "false alarms: 1 of 1", "dno failed: not finite"]

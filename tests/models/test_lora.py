@@ -58,6 +58,16 @@ def test_merged_equals_adapter(setting):
   np.testing.assert_allclose(with_adapter, merged, atol=1e-5, rtol=1e-5)
 
 
+def test_distance_is_that_of_the_merged_kernels(setting):
+  _, params = setting
+  start = moved(lora.init(jax.random.key(0), params, 2, {**ATTENTION, "conv": ALL["conv"]}), 0.2)
+  end = moved(start)
+  ends = [traverse_util.flatten_dict(lora.merge(params, tree)) for tree in (start, end)]
+  apart = sum(np.square(np.float64(ends[1][name]) - ends[0][name]).sum() for name in ends[0])
+  assert lora.distance(end, start) == pytest.approx(np.sqrt(apart), rel=1e-4) and apart > 0.01
+  assert lora.distance(start, start) < 1e-6
+
+
 def test_gradient_reaches_every_factor(setting):
   apply, params = setting
   adapter = moved(lora.init(jax.random.key(0), params, 2, ATTENTION))

@@ -168,7 +168,7 @@ def test_nothing_is_logged_after_a_fault():
   callbacks.record("what came of it")
   values = {"train/reward": np.ones(1, np.float32)}
   with pytest.raises(UserError, match="^what is to be said$"):
-    log_step(Workdir(), 4, None, 1, 0.0, ({"loss": np.float32(1)}, {}, []), dict)
+    log_step(Workdir(), None, 1, 0.0, ({"loss": np.float32(1)}, {}, []), dict)
   with pytest.raises(UserError, match="^what is to be said$"):
     means([values], 1, 1)
   callbacks.begin()

@@ -1,6 +1,9 @@
 """What a run does when the alarm sees something: it says so, ends, or goes back."""
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import runs
@@ -8,6 +11,7 @@ from jaxalign import methods
 from jaxalign.errors import UserError
 from jaxalign.metrics import alarm as rules
 from jaxalign.train import alarm, loop, steps
+from jaxalign.train.policy import movement
 from jaxalign.train.report import read_finished
 
 SIGNS = {"judge": "the judge fell by 1"}
@@ -49,6 +53,8 @@ def test_warn_says_it_and_goes_on(monkeypatch, capsys):
   rows = runs.metrics(path)
   assert all({"eval/saturation_growth", "eval/roughness_ratio", "eval/drift"} <= row.keys()
              for row in rows)
+  moved = [row["eval/weights_moved"] for row in rows]
+  assert 0 < moved[0] < moved[-1] < 0.25
 
 
 def test_stop_ends_the_run_and_warn_continues_it(monkeypatch):
@@ -112,6 +118,35 @@ def test_off_looks_for_nothing(monkeypatch):
   progress = {**steps.begin(0.0)}
   assert alarm.look(runs.smoke(train__alarm="off"), progress, 1, None, None) == ({}, progress)
   assert not asked
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_how_far_weights_went(adapter):
+  rng = np.random.default_rng(0)
+  base = {"one": {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)},
+          "two": {"kernel": rng.normal(size=(3, 4))}}
+  if adapter == "full":
+    start = {name: dict(layer) for name, layer in base.items()}
+    policy = jax.tree.map(lambda a: jnp.asarray(1.5 * a, jnp.float32), start)
+    expected = 0.5
+  else:                              # of one layer, begun from an adapter that is not zero
+    start = {"two": {"a": rng.normal(size=(3, 2)), "b": rng.normal(size=(2, 4))}}
+    policy = jax.tree.map(lambda a: jnp.asarray(2 * a, jnp.float32), start)
+    expected = np.linalg.norm(3 * start["two"]["a"] @ start["two"]["b"]) / np.linalg.norm(
+        base["two"]["kernel"])
+  moved = movement(runs.smoke(model__adapter=adapter), start, base)
+  assert moved(policy) == pytest.approx(expected, rel=1e-5)
+  assert moved(start) < 1e-6
+
+
+def test_weights_are_not_measured_where_their_rule_is_off(monkeypatch):
+  monkeypatch.setattr(rules, "measure", lambda now, base: {
+      "saturation": {"change": 0.0}, "roughness": {"ratio": 1.0}, "drift": {"ratio": 1.0}})
+  asked = cries(monkeypatch, {})
+  look = lambda **options: alarm.look(runs.smoke(**options), steps.begin(0.0), 1, None, None,
+                                      lambda: 0.125)[0].get("eval/weights_moved")
+  assert look() == 0.125 and look(alarm__weights=0.0) is None
+  assert [measured.get("weights") for measured in asked] == [0.125, None]
 
 
 def test_weakened():

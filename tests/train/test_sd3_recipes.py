@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import runs
-from jaxalign import sample
 from jaxalign.convert import load_pipeline
-from jaxalign.train import dry_run, loop, opening
+from jaxalign.train import dry_run, generation, loop, opening
 from jaxalign.train.experiment import build
 from jaxalign.train.restore import load_adapters_of, load_tuned
 
@@ -49,7 +48,7 @@ def test_an_export_is_sampled_as_its_kind_is(run):
   chosen = opening.own_sampler(pipeline)
   assert (chosen.kind, chosen.eta, chosen.final, chosen.guidance) == ("ddim", 0.0, "", 7.0)
   chosen = dataclasses.replace(chosen, steps=3, height=16, width=24)
-  images = sample.generate(pipeline, ["a cat"], 2, sample=chosen)
+  images = generation.generate(pipeline, ["a cat"], 2, sample=chosen)
   assert images.shape == (1, 2, 16, 24, 3) and images.std() > 1
 
 

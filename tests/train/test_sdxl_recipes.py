@@ -7,10 +7,9 @@ import pytest
 
 import families
 import runs
-from jaxalign import sample
 from jaxalign.config import recipes, schema
 from jaxalign.convert import load_pipeline
-from jaxalign.train import dry_run
+from jaxalign.train import dry_run, generation
 from jaxalign.train.experiment import build
 
 RECIPES = ("nabla_gfn", "mapo", *(pytest.param(name, marks=pytest.mark.slow)
@@ -58,6 +57,6 @@ def test_conditioning_and_size_of_a_run(folder):
 def test_samples_have_the_size_that_is_asked_for(folder):
   pipeline = load_pipeline(folder)
   chosen = schema.SampleConfig(steps=2, height=8, width=24)
-  images = sample.generate(pipeline, ["a cat"], 2, sample=chosen)
+  images = generation.generate(pipeline, ["a cat"], 2, sample=chosen)
   assert images.shape == (1, 2, 8, 24, 3)
   assert np.abs(images[0, 0].astype(int) - images[0, 1]).mean() > 0

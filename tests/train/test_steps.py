@@ -1,6 +1,7 @@
 """The clock and the end of a run's steps, without a model; killing and resuming is test_resume."""
 import gc
 import json
+import math
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from jaxalign.devices import processes
 from jaxalign.errors import Stopped, UserError
 from jaxalign.storage.checkpoint import Checkpointer
 from jaxalign.train import steps
+from jaxalign.train.bar import Work
 from jaxalign.train.experiment import build
 from jaxalign.train.pairs import PairTable
 from jaxalign.train.workdir import Workdir
@@ -39,12 +41,13 @@ def take(folder, seconds, ended=lambda step: "", late=Late, **overrides):
   checkpoints = Checkpointer(folder / "checkpoints")
   progress = steps.begin(0.0)
 
-  def report(bar, step, spent, values, look):
-    del bar, values
+  def report(step, spent, values, look):
+    del values
     log.append((step, spent, look()))
+    return log[-1][2]
   step = steps.take(cfg, workdir, checkpoints, progress, 0, advance=lambda step: late(seconds),
                     report=report, look=lambda step: {"looked": step}, content=lambda: state,
-                    ended=ended)
+                    ended=ended, work=Work(1, math.nan, ()))
   checkpoints.close()
   return log, progress, step
 

@@ -1,5 +1,6 @@
 """Which pair, on which side, what is asked again; and that nothing is asked twice or lost."""
 import collections
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from vote_folders import write_samples
 from jaxalign.data.pairs import open_pairs
 from jaxalign.errors import UserError
 from jaxalign.votes.ballot import Ballot, Unknown
-from jaxalign.votes.gallery import open_gallery
+from jaxalign.votes.gallery import Gallery, Pair, Picture, open_gallery
 from jaxalign.votes.pairs import write_pairs
 from jaxalign.votes.statistics import self_agreement, table
 from jaxalign.votes.store import Log, read_events
@@ -59,6 +60,33 @@ def test_logged_propensities_are_those_of_the_draws(make_vote):
   assert len(said) == 6 and sum(said.values()) == pytest.approx(1)
   for pair, q in said.items():
     assert counts[pair] / 3000 == pytest.approx(q, abs=4 * np.sqrt(q / 3000))
+
+
+def test_pairs_of_doubt_come_first_and_estimates_stay_unbiased():
+  """Simulated voters who like `a` the less, the less sure the judge is: a plain mean is wrong."""
+  generator = np.random.default_rng(0)
+  pictures = tuple(Picture(f"{p}{i}", p, 0, 7) for p in range(20) for i in range(4))
+  couples = [(4 * p + i, 4 * p + j) for p in range(20) for i, j in itertools.combinations(
+      range(4), 2)]
+  gallery = Gallery(("m",), tuple(map(str, range(20))), pictures,
+                    tuple(Pair(a, b, 0.1) for a, b in couples), 0)
+  doubts = generator.random(len(couples))
+  likes = (generator.random(len(couples)) > doubts).astype(float)
+  truth, plain, weighted, asked = likes.mean(), [], [], []
+  for seed in range(150):
+    ballot = Ballot(gallery, lambda event: None, votes=40, repeats=0, seed=seed, doubts=doubts)
+    finish(ballot, "ann", lambda ask: "left" if likes[ask.pair] != ask.swapped else "right")
+    votes = table(ballot)
+    plain.append(votes["outcome"].mean())
+    weighted.append((votes["weight"] * votes["outcome"]).mean())
+    asked.append(doubts[votes["pair"]].mean())
+  error = lambda values: np.std(values) / np.sqrt(len(values))
+  assert abs(np.mean(weighted) - truth) < 3.5 * error(weighted)
+  assert np.mean(plain) < truth - 5 * error(plain)
+  assert np.mean(asked) > doubts.mean() + 10 * error(asked)
+  # The floor of every probability, whatever the judge thinks.
+  ballot = Ballot(gallery, lambda event: None, doubts=(np.arange(120) % 6 == 0).astype(float))
+  assert min(ask.propensity * 6 for ask in [ballot.next(str(k)) for k in range(40)]) >= 0.375
 
 
 def test_voters_share_pairs(make_vote):
