@@ -99,9 +99,11 @@ def read_run(folder: pathlib.Path, read) -> list[tuple[str, dict]]:
 
 def table(rows: list[tuple[str, dict]]) -> str:
   """Markdown; a base model that several runs share is said once."""
-  cell = lambda found, column: (
-      f"{100 * found[column]['mean']:.0f} ± {100 * found[column]['sem']:.0f}"
-      if column in found else "")
+  def cell(found, column):
+    if column not in found:
+      return ""
+    error = f" ± {100 * found[column]['sem']:.0f}" if "sem" in found[column] else ""   # one prompt
+    return f"{100 * found[column]['mean']:.0f}{error}"
   lines = [f"| % of pictures right | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
   lines += dict.fromkeys(f"| {label} | {' | '.join(cell(found, c) for c in COLUMNS)} |"
                          for label, found in rows)

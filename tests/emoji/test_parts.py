@@ -32,6 +32,8 @@ def test_what_is_right_and_what_is_not(read):
   right = parts.shares(pictures[:, None], prompts, read)
   assert all(value["mean"] == 1.0 for value in right.values())
   assert 0.5 <= found["overall"]["mean"] < 0.6 and found["colour"]["mean"] < 1
+  alone = parts.shares(pictures[:1, None], prompts[:1], read)    # has no standard error
+  assert parts.table([("one", alone)]).endswith("| 100 |")
   assert found["single"]["n"] == 12 and found["place"]["n"] == 12
 
 

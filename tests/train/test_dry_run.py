@@ -95,7 +95,7 @@ def test_pairs_that_are_to_be_written_first(size, tmp_path, monkeypatch):
 
 def test_pairs_of_another_file():
   text, _ = describe("diffusion_dpo", "r0", data__pairs="jaxalign:fixture")
-  assert re.search(r"\d+ preference pairs; watched on 64 training prompts, 32 held-out", text)
+  assert re.search(r"\d+ preference pairs; watched on 400 training prompts, 32 held-out", text)
 
 
 def test_devices_are_those_of_the_run(monkeypatch):
