@@ -6,7 +6,7 @@ import campaigns
 import pytest
 
 SEEDS = {"pictures": 300, "json": 150, "parquet": 100, "safetensors": 60, "lora": 100, "http": 20,
-         "commands": 60, "checkpoints": 10}
+         "commands": 60, "processes": 1, "checkpoints": 10}
 ONCE = {"json": (299, 998), "http": (19,), "commands": (673, 1249), "lora": (7, 35, 50, 271, 329)}
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 

@@ -130,6 +130,22 @@ def test_added_tokens_of_any_age(transformers_4, tmp_path, token, age):
   assert tokenizer.vocab_size == i + 1
 
 
+@pytest.mark.parametrize("token", ["<cat-toy>", "<Cat-Toy>"])
+@pytest.mark.parametrize("age", ["added_tokens.json", "added_tokens_decoder"])
+def test_an_added_token_is_one_id(tmp_path, token, age):
+  """Start, `a`, the token, `ca`, `r`, end."""
+  write_tokenizer(tmp_path, added=age != "added_tokens.json")
+  if age == "added_tokens.json":
+    (tmp_path / age).write_text(json.dumps({token: 528}))
+  else:
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config[age]["528"] = {"content": token, "normalized": False, "special": False}
+    file.write_text(json.dumps(config))
+  ids = Tokenizer.load(tmp_path)([f"a {token} car"])[0, :6]
+  assert ids.tolist() == [526, 320, 528, 512, 337, 527]
+
+
 def test_cleaning_of_open_clip(tmp_path):
   write_tokenizer(tmp_path)
   tokenizer = Tokenizer.load(tmp_path, cleaning="open_clip")

@@ -1,4 +1,5 @@
 """The page "bring your reward" as it stands: its file equals our JAX towers, its command runs."""
+import pathlib
 import re
 import shlex
 import subprocess
@@ -10,11 +11,11 @@ from test_towers import PROMPTS, SIZE, assert_gradient, make_clip, score_and_gra
 
 import runs
 from jaxalign.devices import callbacks
-from jaxalign.rewards import make_reward, open_reward
+from jaxalign.rewards import HostReward, make_reward, open_reward
 from jaxalign.rewards.trial import Trial
 
 PAGE = (runs.ROOT / "docs" / "bring_your_reward.md").read_text()
-SCORERS, = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+SCORERS, JUDGE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 COMMAND, = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
 # The same model without its scale, which is all that PickScore differs from CLIP in.
 COSINE = """
@@ -62,3 +63,19 @@ def test_newcomer_gets_from_the_page_to_a_run(folder, tmp_path):
   assert "scorers.py:pickscore in PyTorch on cpu" in done.stdout
   line, = runs.metrics(tmp_path / "run")
   assert line["train/reward_seconds"] > 0 and "train/reward" in line
+
+
+def test_a_network_in_onnx(tmp_path):
+  """The page's file with a published classifier in place of `judge.onnx`: alone or with others."""
+  package = pytest.importorskip("rapidocr_onnxruntime")
+  file, = pathlib.Path(package.__file__).parent.rglob("*_cls_infer.onnx")
+  code = JUDGE.replace("judge.onnx", str(file)).replace("(224, 224)", "(192, 48)")
+  assert str(file) in code and "(192, 48)" in code
+  (tmp_path / "judge.py").write_text(code)
+  reward = make_reward((f"{tmp_path}/judge.py:judge",), (1.0,))
+  assert isinstance(reward, HostReward)
+  images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3)).astype(np.uint8)
+  images[1, 16:48] = 255
+  scores = reward.score(images, PROMPTS)
+  assert scores.shape == (3,) and np.ptp(scores) > 1e-3 and (0 <= scores).all()
+  np.testing.assert_allclose(reward.score(images[1:2], PROMPTS[1:2]), scores[1:2], rtol=1e-4)
