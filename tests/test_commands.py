@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sample
 from jaxalign.testing.fixture import make_pipeline_dir
 from jaxalign.train.generation import generate
 from jaxalign.train.restore import load_tuned
+from test_docs_commands import EVERY
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -578,3 +580,28 @@ def test_bad_input_to_export(fails, tmp_path):
   fails("export", run, parts=["--output is required"])
   fails("export", "--checkpoint=no/where", f"--output={tmp_path / 'new'}", parts=["no/where"])
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# What README and docs do with a run.
+
+
+def of_a_run():
+  return [words[2:] for _, words in EVERY if words[1:2] == ["-m"] and words[2:3] and any(
+      words[2] == f"jaxalign.{name}" for name in ("sample", "export", "report")) and any(
+          "runs/nabla_gfn-emoji" in word for word in words)]
+
+
+def test_there_are_some():
+  assert {words[0] for words in of_a_run()} == {"jaxalign.sample", "jaxalign.export",
+                                                "jaxalign.report"}
+
+
+@pytest.mark.parametrize("words", of_a_run(), ids=" ".join)
+def test_commands_of_the_docs_on_a_run(command, tmp_path, monkeypatch, words):
+  """As they stand there, but for the run."""
+  monkeypatch.chdir(tmp_path)
+  name, *args = [re.sub(r"runs/\w+-emoji", str(runs.finished()), word) for word in words]
+  status, _, err = command(name.removeprefix("jaxalign."), *args)
+  assert status == 0, err
+  output, = (arg.removeprefix("--output=") for arg in args if arg.startswith("--output="))
+  assert (tmp_path / output).exists()

@@ -8,6 +8,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import sys
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_command_of_the_docs(page, words, monkeypatch):
   if name == "jaxalign":
     assert not args
   elif command in own_commands():
-    takes(command, args)
+    takes(command, args, monkeypatch)
   else:
     file = runs.ROOT / name.replace(".", "/")
     has_flags(file / "__main__.py" if file.is_dir() else file.with_suffix(".py"), args)
@@ -103,8 +104,9 @@ def has_flags(file: pathlib.Path, args: list[str]):
       assert re.search(rf'"(--)?{flag}"', source), f"{file}: {arg}"
 
 
-def takes(command: str, args: list[str]):
+def takes(command: str, args: list[str], monkeypatch):
   """The command parses this; `launch` also makes the recipe and checks it."""
+  monkeypatch.setattr(sys, "argv", [command, *args])         # where overrides of keys are looked up
   if command == "inspect":
     assert len(args) <= 1
   elif command == "launch" and (asked := wanted([command, *args])) is not None:
@@ -117,12 +119,12 @@ def takes(command: str, args: list[str]):
       (parse_pretraining if "task" in config else recipes.parse)(config)
 
 
-def test_a_wrong_command_is_found():
+def test_a_wrong_command_is_found(monkeypatch):
   for command, args in (("sample", ["--chekpoint=a"]), ("launch", ["--config=configs/none.py"]),
                         ("launch", ["--config=jaxalign:ddpo", "--config.train.stpes=3"]),
                         ("launch", ["--config=jaxalign:ddpo", "--config.train.steps=0"])):
     with pytest.raises(Exception, match="chekpoint|none.py|stpes|train.steps=0"):
-      takes(command, args)
+      takes(command, args, monkeypatch)
   with pytest.raises(AssertionError):
     has_flags(runs.ROOT / "benchmarks" / "alarm.py", ["--modle=a"])
   with pytest.raises(AssertionError):

@@ -53,7 +53,7 @@ def doubts(margins: np.ndarray) -> np.ndarray:
   """`[n]` margins -> `[n]` doubts; 1 everywhere for a judge that tells no pair apart."""
   scale = np.median(np.abs(margins)) or np.abs(margins).max() or 1.0
   # 4 p (1 - p) without exponentials that overflow.
-  return 1 / np.cosh(np.minimum(np.abs(margins) / scale, 1400.0) / 2) ** 2
+  return 1 / np.cosh(np.minimum(np.abs(margins) / scale, 700.0) / 2) ** 2
 
 
 def score(judge: str, files: list[pathlib.Path], prompts: list[str]) -> list[float]:

@@ -28,7 +28,8 @@ def test_pictures_are_scored_once_in_a_process_of_their_own(make_vote, monkeypat
   assert saved["judge"] == "brightness" and len(saved["scores"]) == 9
   for digest, score in saved["scores"].items():
     with Image.open(picture_file(vote.folder, digest)) as image:
-      assert score == pytest.approx(np.asarray(image).mean() / 255, abs=1e-5)
+      luma = np.asarray(image) @ [0.299, 0.587, 0.114]
+      assert score == pytest.approx(luma.mean() / 255, abs=1e-5)
   of = [saved["scores"][picture.digest] for picture in gallery.pictures]
   margins = np.abs([of[pair.a] - of[pair.b] for pair in gallery.pairs])
   assert found.shape == (9,) and (np.argsort(found) == np.argsort(-margins)).all()
