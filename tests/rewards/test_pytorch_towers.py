@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from test_towers import PROMPTS, SIZE, assert_gradient, make_clip, score_and_gradient
 
 import runs
@@ -14,8 +15,9 @@ from jaxalign.devices import callbacks
 from jaxalign.rewards import HostReward, make_reward, open_reward
 from jaxalign.rewards.trial import Trial
 
+torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
 PAGE = (runs.ROOT / "docs" / "bring_your_reward.md").read_text()
-SCORERS, JUDGE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+SCORERS, ASKS, JUDGE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 COMMAND, = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
 # The same model without its scale, which is all that PickScore differs from CLIP in.
 COSINE = """
@@ -63,6 +65,54 @@ def test_newcomer_gets_from_the_page_to_a_run(folder, tmp_path):
   assert "scorers.py:pickscore in PyTorch on cpu" in done.stdout
   line, = runs.metrics(tmp_path / "run")
   assert line["train/reward_seconds"] > 0 and "train/reward" in line
+
+
+def make_paligemma(folder):
+  """A small random PaliGemma of four places a picture, and its tokenizer, left in `folder`."""
+  words = "<pad> <bos> <eos> <unk> <image> yes no answer en does this picture show a cat dog ? \n"
+  vocabulary = {word: i for i, word in enumerate(words.split(" "))}
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+      tokenizers.Regex(r"\n|\?|[^\s?]+"), "removed", invert=True)
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+      unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}, padding_side="left")
+  tokenizer.save_pretrained(folder)
+  tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+  torch.manual_seed(0)
+  model = transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(
+      vision_config=dict(tower, model_type="siglip_vision_model", image_size=16, patch_size=8,
+                         projection_dim=32),
+      text_config=dict(tower, model_type="gemma", vocab_size=len(vocabulary), head_dim=8,
+                       num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+      image_token_index=vocabulary["<image>"], projection_dim=32, hidden_size=32)).eval()
+  for parameter in model.parameters():
+    parameter.data.normal_(std=0.3)
+  model.save_pretrained(folder)
+  return model, tokenizer
+
+
+def test_a_vision_language_model_that_is_asked(tmp_path):
+  model, tokenizer = make_paligemma(tmp_path)
+  code = ASKS.replace("google/paligemma2-3b-mix-224", str(tmp_path))
+  assert str(tmp_path) in code
+  (tmp_path / "asks.py").write_text(code)
+  images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+  prompts = ["a cat", "a dog a dog", "a cat"]
+  reward = open_reward(make_reward((f"{tmp_path}/asks.py:expected",), (1.0,)),
+                       lambda: Trial(images.shape[1:3], prompts))
+  assert reward.differentiable
+  scores = reward.score(reward.params, images.astype(np.float32) / 255, reward.prepare(prompts))
+  callbacks.check()
+  prepare = transformers.SiglipImageProcessor(size={"height": 16, "width": 16})
+  for image, prompt, score in zip(images, prompts, scores):
+    words = tokenizer("<image>" * 4 + f"<bos>answer en does this picture show {prompt}?\n",
+                      add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+      logits = model(**words, **prepare(image, return_tensors="pt")).logits[0, -1]
+    yes, no = (logits[tokenizer.convert_tokens_to_ids(word)] for word in ("yes", "no"))
+    np.testing.assert_allclose(score, torch.sigmoid(yes - no), atol=1e-5)
+  assert np.ptp(scores) > 1e-3
 
 
 def test_a_network_in_onnx(tmp_path):
