@@ -35,12 +35,12 @@ from jaxalign.convert import lora_names, names, save_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng, sharding
 from jaxalign.emoji.scorers import emoji_clip
-from jaxalign.methods import dno, nabla_gfn
+from jaxalign.methods import nabla_gfn
 from jaxalign.methods.shared import noise, policy_gradient, preference
 from jaxalign.models.clip import CLIPTextModelWithProjection, unit
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.models.tokenizer import T5_LENGTH, Tokenizer
-from jaxalign.pretrain import autoencoder, layouts, scene_denoisers
+from jaxalign.pretrain import autoencoder, scene_denoisers
 from jaxalign.sampling import Conditioning, guided_output, rollout
 from jaxalign.train.experiment import build
 from jaxalign.train.opening import ASSETS, open_pipeline
@@ -329,7 +329,7 @@ class Theirs:
     from benchmarks import torch_updates
     self.torch, self.name, cfg = torch, ours.name, ours.cfg
     torch.manual_seed(0)
-    exp, pipeline, models = ours.exp, ours.exp.pipeline, ours.models
+    pipeline, models = ours.exp.pipeline, ours.models
     conditioning, bias = ours._conditioning(), None
     cond, uncond = ({name: np.asarray(a) for name, a in tree.items()} for tree in conditioning)
     if "key_bias" in cond:
