@@ -1,4 +1,4 @@
-"""docs/speed.md out of what `benchmarks/updates.py` measured."""
+"""docs/updates.md out of what `benchmarks/updates.py` measured."""
 import statistics
 
 HEAD = """# Speed beside PyTorch

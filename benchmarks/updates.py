@@ -529,8 +529,8 @@ def main():
                       help="torch.compile, kept where it is faster")
   parser.add_argument("--padded", action="store_true",
                       help="PyTorch reads the zeros of an absent T5 one by one, as diffusers does")
-  parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs/results/speed.json")
-  parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs/speed.md",
+  parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs/updates.json")
+  parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs/updates.md",
                       help="written at the end; empty for none")
   args = parser.parse_args()
   chosen = args.methods.split(",")
