@@ -3,7 +3,7 @@ import statistics
 
 HEAD = """# Speed beside PyTorch
 
-Written by `python -m benchmarks.updates`; every number is read from [speed.json](results/speed.json).
+Written by `python -m benchmarks.updates`; every number is read from [updates.json](updates.json).
 
 One step of each method by jaxalign and by the same algorithm in plain PyTorch with diffusers and peft (`benchmarks/torch_updates.py`), in one process on the same cores, taking turns. Before anything is timed both take a step from the same weights with the same random numbers; *agree* is the larger relative difference of loss and gradient then, at most 1e-4.
 

@@ -66,8 +66,8 @@ def test_the_page_has_ratios_and_shares():
 
 
 def test_the_page_is_that_of_its_numbers():
-  results = runs.ROOT / "docs" / "results" / "speed.json"
+  results = runs.ROOT / "docs" / "updates.json"
   if not results.exists():
     pytest.skip("nothing measured yet")
-  page = (runs.ROOT / "docs" / "speed.md").read_text()
+  page = (runs.ROOT / "docs" / "updates.md").read_text()
   assert page == speed_page.page(json.loads(results.read_text()))
