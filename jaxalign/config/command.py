@@ -66,23 +66,36 @@ def exit_status(main) -> int:
   _hush()
   try:
     main()
-    sys.stdout.flush()
+    print(end="", flush=True)                # nothing, too, where stdout was closed from the start
   except (UserError, OSError) as error:      # of the latter, a full disk has no key to name
-    print(f"error: {error}", file=sys.stderr)
+    _last_line(f"error: {error}")
     return 2
   except (MemoryError, RuntimeError) as error:
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    print(f"error: out of memory ({' '.join(str(error).split())[:200]}); lower sample.batch and "
-          "eval.batch (--batch), or the size of images", file=sys.stderr)
+    _last_line(f"error: out of memory ({' '.join(str(error).split())[:200]}); lower sample.batch "
+               "and eval.batch (--batch), or the size of images")
     return 2
   except KeyboardInterrupt:
-    print("interrupted; the same command continues the run", file=sys.stderr)
+    _last_line("interrupted; the same command continues the run")
     return 130
   except Stopped as stopped:
-    print(f"{stopped}; the same command continues the run", file=sys.stderr)
+    _last_line(f"{stopped}; the same command continues the run")
     return stopped.status
   return 0
+
+
+def _last_line(text: str) -> None:
+  """Prints to stderr, below what stdout still holds, as a log file has both.
+
+  Where stdout cannot be written (a full disk, a closed pipe), what it holds is let go of: as the
+  process ends, Python would say so once more.
+  """
+  try:
+    print(end="", flush=True)
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  print(text, file=sys.stderr)
 
 
 def _hush() -> None:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.errors import UserError
-from jaxalign.models.layers import Dense
+from jaxalign.models.layers import Dense, gelu
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
     "relu": nn.relu,

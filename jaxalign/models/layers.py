@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.errors import UserError
 
@@ -24,30 +25,39 @@ def _lora_factors(module: nn.Module, dtype):
   return tuple(module.get_variable("lora", name).astype(dtype) for name in "ab")
 
 
-def _add_bias(module: nn.Module, y):
-  bias = module.param("bias", nn.initializers.zeros, (y.shape[-1],), jnp.float32)
+def _add(y, bias):
   return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class Dense(nn.Module):
-  """`[..., in] -> [..., features]`; adapter factors `a [in, r]`, `b [r, features]`."""
+  """`[..., in] -> [..., features]`; adapter factors `a [in, r]`, `b [r, features]`.
+
+  With `parts` above 1 a list of as many outputs, `[..., features / parts]`, each the product with
+  its own columns: where one output was to be split, the backward pass would have to put its
+  gradients together again, which costs CPUs a sixth of a feed-forward layer.
+  """
   features: int
   use_bias: bool = True
   dtype: Any = jnp.float32
+  parts: int = 1
 
   @nn.compact
   def __call__(self, x):
     x = x.astype(self.dtype)
     kernel = self.param("kernel", nn.initializers.lecun_normal(),
-                        (x.shape[-1], self.features), jnp.float32)
+                        (x.shape[-1], self.features), jnp.float32).astype(self.dtype)
     # A product of two matrices: CPUs take the kernel's gradient a third faster than of more axes.
     rows = x.reshape(-1, x.shape[-1])
-    y = rows @ kernel.astype(self.dtype)
+    out = [rows @ part for part in jnp.split(kernel, self.parts, axis=1)]
     if factors := _lora_factors(self, self.dtype):
       a, b = factors
-      y = y + (rows @ a) @ b
-    y = y.reshape(*x.shape[:-1], self.features)
-    return _add_bias(self, y) if self.use_bias else y
+      low = rows @ a
+      out = [y + low @ part for y, part in zip(out, jnp.split(b, self.parts, axis=1))]
+    out = [y.reshape(*x.shape[:-1], -1) for y in out]
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      out = [_add(y, part) for y, part in zip(out, jnp.split(bias, self.parts))]
+    return out if self.parts > 1 else out[0]
 
 
 class Conv(nn.Module):
@@ -73,7 +83,7 @@ class Conv(nn.Module):
     if factors := _lora_factors(self, self.dtype):
       a, b = factors
       y = y + convolve(a) @ b
-    return _add_bias(self, y)
+    return _add(y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
 
 
 # Norms compute in f32 and round their output to `dtype`, so that what a backward pass keeps of the
@@ -81,13 +91,50 @@ class Conv(nn.Module):
 # lose it in one.
 
 
+class GroupNorm(nn.Module):
+  """Flax's of `[B, ..., C]`, in an order that CPUs take twice as fast, gradient included.
+
+  Sums go over positions first, channel by channel, then over the channels of a group: a group is
+  but two or four neighbours, on which sums and products are no vectors.
+  """
+  groups: int
+  eps: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    B, C = x.shape[0], x.shape[-1]
+    of_channels = lambda name, init: self.param(name, init, (C,), jnp.float32).reshape(1, 1, C)
+    scale = of_channels("scale", nn.initializers.ones)
+    bias = of_channels("bias", nn.initializers.zeros)
+    y = x.astype(jnp.float32).reshape(B, -1, C)
+
+    def mean(y):
+      """Of each group, `[B, 1, C]`."""
+      of_group = y.mean(1).reshape(B, self.groups, -1).mean(-1, keepdims=True)
+      return jnp.broadcast_to(of_group, (B, self.groups, C // self.groups)).reshape(B, 1, C)
+    y = y - mean(y)
+    y = y * (jax.lax.rsqrt(mean(jnp.square(y)) + self.eps) * scale) + bias
+    return y.reshape(x.shape).astype(self.dtype)
+
+
 def group_norm(groups: int, eps: float, dtype, name: str) -> nn.Module:
-  return nn.GroupNorm(num_groups=groups, epsilon=eps, dtype=dtype, use_fast_variance=False,
-                      name=name)
+  return GroupNorm(groups, eps, dtype, name=name)
 
 
 def layer_norm(dtype, name: str) -> nn.Module:
   return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def gelu(x):
+  """The exact GELU, `x Phi(x)`.
+
+  In f32 by erf, as PyTorch has it, at 40 % of what erfc costs CPUs; it differs by rounding alone,
+  at most 1e-7 of x. Of fewer bits, erf would lose what the left tail has.
+  """
+  if x.dtype != jnp.float32:
+    return nn.gelu(x, approximate=False)
+  return x * (0.5 + 0.5 * jax.lax.erf(x * np.float32(0.5 ** 0.5)))
 
 
 def check_remat(remat: str) -> None:

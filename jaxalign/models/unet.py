@@ -101,8 +101,8 @@ class GatedGelu(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    value, gate = jnp.split(Dense(8 * x.shape[-1], dtype=self.dtype, name="proj")(x), 2, axis=-1)
-    return value * nn.gelu(gate, approximate=False)
+    value, gate = Dense(8 * x.shape[-1], dtype=self.dtype, parts=2, name="proj")(x)
+    return value * layers.gelu(gate)
 
 
 class FeedForward(nn.Module):

@@ -73,7 +73,7 @@ class VisionMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    h = nn.gelu(Dense(self.hidden, name="fc1")(x), approximate=False)
+    h = layers.gelu(Dense(self.hidden, name="fc1")(x))
     return Dense(x.shape[-1], name="fc2")(h)
 
 
@@ -171,7 +171,7 @@ class Intermediate(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return nn.gelu(Dense(self.config.intermediate_size, name="dense")(x), approximate=False)
+    return layers.gelu(Dense(self.config.intermediate_size, name="dense")(x))
 
 
 class TextLayer(nn.Module):

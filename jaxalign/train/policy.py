@@ -89,18 +89,18 @@ def movement(cfg: Config, start, base) -> Callable[[Any], float]:
   flat = traverse_util.flatten_dict(base, sep="/")
   square = lambda a: float(np.square(np.asarray(a, np.float64)).sum())
   if cfg.trains_all:
-    size = sum(map(square, flat.values()))
+    size = functools.cache(lambda: sum(map(square, flat.values())))     # seconds, for large models
 
     def moved(policy) -> float:
       now = traverse_util.flatten_dict(policy, sep="/")
       # One after the other: the policy may be larger than what is free here.
       gaps = (processes.fetch(now[name]) - np.asarray(a, np.float64) for name, a in flat.items())
-      return float(np.sqrt(sum(map(square, gaps)) / size))
+      return float(np.sqrt(sum(map(square, gaps)) / size()))
     return moved
   start = processes.fetch(start)
   names = {name.rsplit("/", 1)[0] for name in traverse_util.flatten_dict(start, sep="/")}
-  size = np.sqrt(sum(square(flat[f"{name}/kernel"]) for name in names))
-  return lambda policy: lora.distance(processes.fetch(policy), start) / float(size)
+  size = functools.cache(lambda: np.sqrt(sum(square(flat[f"{name}/kernel"]) for name in names)))
+  return lambda policy: float(lora.distance(processes.fetch(policy), start) / size())
 
 
 def adapters_of(cfg: Config, pipeline: Pipeline) -> dict:

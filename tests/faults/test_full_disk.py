@@ -1,4 +1,5 @@
 """A full disk is one line, and nothing else is shown: no thread of any library has a say."""
+import os
 import subprocess
 import sys
 
@@ -52,3 +53,20 @@ def test_one_line_and_the_same_command_goes_on(tmp_path, size):
   again = run()
   assert again.returncode == 0 and again.stderr == "", again.stderr
   assert again.stdout.startswith("done") and again.stdout.endswith("[1, 2, 3, 4, 5]\n")
+
+
+@pytest.mark.parametrize("stdout", ["a log", "a closed pipe", "none"])
+def test_the_last_line_of_a_log_is_the_error(tmp_path, stdout):
+  """Where stdout and stderr are one file, or what was printed before can go nowhere."""
+  code = ("import sys\nfrom jaxalign.config import command\n"
+          "def main():\n  print('begun')\n  raise command.UserError('why')\n"
+          "sys.exit(command.exit_status(main))\n")
+  read, closed = os.pipe()
+  os.close(read)
+  with open(tmp_path / "log", "w") as log, open(closed, "w") as pipe:
+    out = {"a log": log, "a closed pipe": pipe}.get(stdout)
+    status = subprocess.run(
+        [sys.executable, "-c", code], cwd=runs.ROOT, stderr=log, timeout=120, stdout=out,
+        preexec_fn=None if out else lambda: os.close(1)).returncode
+  before = "begun\n" if stdout == "a log" else ""
+  assert (status, (tmp_path / "log").read_text()) == (2, f"{before}error: why\n")

@@ -1,0 +1,73 @@
+"""The comparison with PyTorch: both sides compute the same, and the page is what was measured."""
+import json
+
+import pytest
+
+import runs
+from jaxalign.convert import save_pipeline
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from benchmarks import speed_page, updates  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  """`model -> (pipeline, folder)`."""
+  made = {}
+
+  def make(model):
+    if model not in made:
+      made[model] = updates.make_pipeline(model), tmp_path_factory.mktemp(model)
+      save_pipeline(*made[model])
+    return made[model]
+  return make
+
+
+def agree(world, name, model):
+  pipeline, folder = world(model)
+  ours = updates.Ours(name, pipeline, model)
+  return updates.agreement(ours, updates.Theirs(ours, folder))
+
+
+@pytest.mark.parametrize("name, model", [
+    ("policy_gradient", "smoke"), ("policy_gradient", "smoke_sd3"), ("reward_gradient", "smoke")])
+def test_what_steps_are_made_of_is_the_same_in_pytorch(world, name, model):
+  found = agree(world, name, model)
+  assert found.keys() == {"loss", "gradient"} and max(found.values()) < updates.TOLERANCE, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["smoke", "smoke_sd3"])
+@pytest.mark.parametrize("name", updates.METHODS)
+def test_a_step_of_each_method_is_the_same_in_pytorch(world, name, model):
+  found = agree(world, name, model)
+  assert found.keys() == {"loss", "gradient"} and max(found.values()) < updates.TOLERANCE, found
+
+
+def entry(pytorch, jaxalign):
+  turn = {"pytorch": pytorch, "jaxalign": jaxalign, "pytorch_cpu": 2 * pytorch,
+          "jaxalign_cpu": jaxalign, "load": 2.0, "product": {"jaxalign": 90.0, "pytorch": 100.0}}
+  return {"machine": updates.machine(), "padded": False, "agreement": {"loss": 1e-6},
+          "settings": {"sample": {"batch": 4, "steps": 3, "guidance": 2.0}},
+          "flops": {"jaxalign": 1e11, "pytorch": 2e11}, "rounds": [turn] * 3}
+
+
+def test_the_page_has_ratios_and_shares():
+  page = speed_page.page({"emoji/ddpo": entry(3.0, 2.0), "emoji/dno": {"rounds": []}})
+  row = next(line for line in page.splitlines() if line.startswith("| `ddpo`"))
+  cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+  assert cells[1:4] == ["1.50 (1.50 to 1.50)", "3.00", "3"]
+  assert cells[7:9] == ["50 %", "67 %"] and cells[9] == "not tried" and "dno" not in page
+
+
+def test_the_page_is_that_of_its_numbers():
+  results = runs.ROOT / "docs" / "updates.json"
+  if not results.exists():
+    pytest.skip("nothing measured yet")
+  page = (runs.ROOT / "docs" / "updates.md").read_text()
+  assert page == speed_page.page(json.loads(results.read_text()))
