@@ -40,7 +40,7 @@ class Joint:
       added = project(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj,
                       attn.norm_added_q, attn.norm_added_k)
       qkv = [torch.cat(pair, 2) for pair in zip(qkv, added)]
-      mask = F.pad(self.bias, (count, 0))
+      mask = F.pad(self.bias, (count, 0))[None, None, None]
     out = F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2)
     image = attn.to_out[0](out[:, :count])
     if encoder_hidden_states is None:

@@ -35,10 +35,12 @@ def agree(world, name, model):
 
 
 @pytest.mark.parametrize("name, model", [
-    ("policy_gradient", "smoke"), ("policy_gradient", "smoke_sd3"), ("reward_gradient", "smoke")])
+    ("policy_gradient", "smoke_sd3"),
+    *(pytest.param(name, "smoke", marks=pytest.mark.slow) for name in updates.PARTS[1:])])
 def test_what_steps_are_made_of_is_the_same_in_pytorch(world, name, model):
   found = agree(world, name, model)
-  assert found.keys() == {"loss", "gradient"} and max(found.values()) < updates.TOLERANCE, found
+  assert found.keys() == {"loss", "gradient"} - ({"gradient"} if name == "forward" else set())
+  assert max(found.values()) < updates.TOLERANCE, found
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def one(kind, seed: int) -> dict:
   except Hang:
     result = f"hangs for more than {limit:g} s"
   except BaseException as error:
-    where = [f"{f.name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-3:]]
+    where = [f"{f.name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
     result = f"{type(error).__name__}: {str(error)[:1500]} at {where}"
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)

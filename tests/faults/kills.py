@@ -212,4 +212,7 @@ def child(recipe: str, run: pathlib.Path, place: str, number: int, delay: float,
     if recipe == "ddpo":
       config.reward.names = ("jpeg_compressibility",)
     train.run(recipes.parse(config), pathlib.Path(folder))
-  note.write_text(json.dumps({"places": places, "times": times}))
+  # Whole, as a kill that is later than the run's end may come now.
+  whole = note.with_suffix(".whole")
+  whole.write_text(json.dumps({"places": places, "times": times}))
+  whole.replace(note)

@@ -61,12 +61,13 @@ def test_the_last_line_of_a_log_is_the_error(tmp_path, stdout):
   code = ("import sys\nfrom jaxalign.config import command\n"
           "def main():\n  print('begun')\n  raise command.UserError('why')\n"
           "sys.exit(command.exit_status(main))\n")
+  env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
   read, closed = os.pipe()
   os.close(read)
   with open(tmp_path / "log", "w") as log, open(closed, "w") as pipe:
     out = {"a log": log, "a closed pipe": pipe}.get(stdout)
     status = subprocess.run(
-        [sys.executable, "-c", code], cwd=runs.ROOT, stderr=log, timeout=120, stdout=out,
+        [sys.executable, "-c", code], cwd=runs.ROOT, env=env, timeout=120, stderr=log, stdout=out,
         preexec_fn=None if out else lambda: os.close(1)).returncode
   before = "begun\n" if stdout == "a log" else ""
   assert (status, (tmp_path / "log").read_text()) == (2, f"{before}error: why\n")

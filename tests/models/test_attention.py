@@ -44,6 +44,18 @@ def test_which_blocks_the_kernel_takes(queries, keys, block):
   assert attention.flash_block(queries, keys) == block
 
 
+@pytest.mark.parametrize("keys, biased", [(7, False), (4, True)])
+def test_heads_first_is_attention_and_its_gradient(keys, biased):
+  q, k, v = qkv(2, 7, 3, 8)
+  inputs = q, k[:, :keys], v[:, :keys]
+  bias = jnp.log(jnp.asarray([[1.0, 3, 0, 256]] * 2))[:, None, None] if biased else None
+  loss = lambda f: lambda inputs: (f(*inputs, bias) * jnp.cos(q)).sum()
+  of = lambda f: jax.jit(jax.value_and_grad(loss(f)))(inputs)
+  expected = of(lambda *args: jax.nn.dot_product_attention(*args, implementation="xla"))
+  for got, want in zip(jax.tree.leaves(of(attention.heads_first)), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
 def weighted(q, k, v, counts):
   """Plain attention in float64 in which key m counts `counts [B, M]` times."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
