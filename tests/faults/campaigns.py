@@ -11,11 +11,11 @@ import json
 import os
 import pathlib
 import random
-import resource
 import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -448,16 +448,19 @@ class Processes(Commands):
   count, limit = 50, 300.0     # seconds of a machine with other work; of a core's time 10
 
   def run(self, name, args):
-    used = lambda: resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = lambda: used().ru_utime + used().ru_stime
-    begun = seconds()
-    done = subprocess.run(
-        [sys.executable, "-m", f"jaxalign.{name}", *(arg.replace("\0", "") for arg in args)],
-        cwd=self._folder, env={**os.environ, "PYTHONPATH": str(self._root)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if seconds() - begun > 10 or used().ru_maxrss > 2 * 2 ** 20:             # kB
-      raise Fault(f"jaxalign.{name} {args!r}: {seconds() - begun:.1f} s, {used().ru_maxrss} kB")
-    return done.returncode, done.stderr
+    with tempfile.TemporaryFile() as errors:
+      process = subprocess.Popen(
+          [sys.executable, "-m", f"jaxalign.{name}", *(arg.replace("\0", "") for arg in args)],
+          cwd=self._folder, env={**os.environ, "PYTHONPATH": str(self._root)},
+          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+      _, status, used = os.wait4(process.pid, 0)       # of this child, not the largest of all
+      process.returncode = os.waitstatus_to_exitcode(status)
+      errors.seek(0)
+      text = errors.read().decode(errors="replace")
+    seconds = used.ru_utime + used.ru_stime
+    if seconds > 10 or used.ru_maxrss > 2 * 2 ** 20:             # kB
+      raise Fault(f"jaxalign.{name} {args!r}: {seconds:.1f} s, {used.ru_maxrss} kB")
+    return process.returncode, text
 
   def __call__(self, seed):
     return super().__call__(Commands.count + seed)
