@@ -2,7 +2,7 @@
 
   python -m benchmarks.updates --model=emoji --methods=nabla_gfn,ddpo --rounds=7
   python -m benchmarks.updates --model=emoji_sd3           # all methods; goes on where it stopped
-  python -m benchmarks.updates --model=smoke --rounds=1 --output=/tmp/speed.json --page=
+  python -m benchmarks.updates --model=smoke --rounds=1 --output=runs/speed.json --page=
 
 PyTorch's side is `benchmarks/torch_updates.py`. Before anything is timed both sides take one step
 from the same weights with the same random numbers, and stop unless loss and gradient agree to 1e-4.

@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from PIL import Image
 
+from jaxalign.config import places
 from jaxalign.data.parquet import readable
 from jaxalign.data.pictures import read_picture
 from jaxalign.data.text import read_lines
 from jaxalign.errors import UserError
 
-ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "pairs"
+ASSETS = places.ASSETS / "pairs"
 CHECKED = 1000          # pairs whose images `Pairs.digest` reads
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 

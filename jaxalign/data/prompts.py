@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxalign.config import places
 from jaxalign.data.parquet import readable
 from jaxalign.data.text import read_lines
 from jaxalign.errors import UserError
 
-ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "prompts"
+ASSETS = places.ASSETS / "prompts"
 FIELDS = ("prompt", "caption", "text")
 
 

@@ -17,12 +17,13 @@ import numpy as np
 
 from jaxalign import viz
 from jaxalign.config.command import exit_status
+from jaxalign.config.places import ASSETS
 from jaxalign.convert import load_pipeline
 from jaxalign.devices import sharding
 from jaxalign.emoji import checks, crops, quality, scenes
 from jaxalign.emoji.artwork import PACKAGES
 from jaxalign.emoji.reader import Reader, check
-from jaxalign.emoji.scorers import ASSETS, scene_clip, scene_judge
+from jaxalign.emoji.scorers import scene_clip, scene_judge
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images, encode_images
 

@@ -24,12 +24,13 @@ from PIL import Image, ImageFilter
 
 from jaxalign import metrics
 from jaxalign.config.command import exit_status
+from jaxalign.config.places import ASSETS
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
 from jaxalign.emoji import quality
 from jaxalign.emoji.recipes import MISMATCH
-from jaxalign.emoji.scorers import ASSETS, scene_clip, scene_judge
+from jaxalign.emoji.scorers import scene_clip, scene_judge
 from jaxalign.errors import UserError
 
 SHARPNESS = 2.0          # of a vote, in 1 / standard deviations of the reward's differences

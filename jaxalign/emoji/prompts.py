@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from jaxalign.config.command import exit_status
+from jaxalign.config.places import ASSETS
 from jaxalign.emoji import quality, scenes, signs
-from jaxalign.emoji.scorers import ASSETS
 
 # Kinds of scenes, as `scenes.Table` groups them, in the order in which they take turns.
 TURNS = (1, 2, 1, 2, 0)

@@ -116,22 +116,29 @@ def _percentile(*words: str) -> int:
   return zlib.crc32("|".join(words).encode()) % 100
 
 
+def only_alone(name: str) -> bool:
+  """Whether training shows a subject alone only: never several of it, never beside another."""
+  return _percentile("alone", name) < 40
+
+
 def held_out(scene: Scene) -> tuple[str, ...]:
   """Which combinations of a scene are kept from training: of "colour", "number" and "pair".
 
-  15 % of subject and colour, 20 % of subject and number (two to four), 30 % of ordered pairs: the
-  order is that in the picture, so "a cat to the left of a dog" and "a dog to the right of a cat"
-  are held out together.
+  15 % of subject and colour; all numbers and pairs of subjects seen `only_alone`, and of the others
+  20 % of subject and number (two to four), 30 % of ordered pairs. The order is that in the picture:
+  "a cat to the left of a dog" and "a dog to the right of a cat" are held out together.
   """
   out = []
   if any(_percentile(name, scene.colour) < 15 for name in scene.subjects):
     out.append("colour")
-  if scene.number > 1 and _percentile(scene.subjects[0], str(scene.number)) < 20:
+  alone = any(map(only_alone, scene.subjects))
+  if scene.number > 1 and (
+      alone or _percentile(scene.subjects[0], str(scene.number)) < 20):
     out.append("number")
   if scene.relation:
     turned = scene.relation in ("right", "below")
     axis = "above" if scene.relation in ("above", "below") else "left"
-    if _percentile(axis, *(scene.subjects[::-1] if turned else scene.subjects)) < 30:
+    if alone or _percentile(axis, *(scene.subjects[::-1] if turned else scene.subjects)) < 30:
       out.append("pair")
   return tuple(out)
 

@@ -18,14 +18,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from jaxalign.config.places import ASSETS
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, unit
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.rewards import Reward
 from jaxalign.storage.files import whole_folder
-
-ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 
 
 def _pixels(images, size: int):

@@ -15,11 +15,12 @@ import numpy as np
 
 from jaxalign import metrics
 from jaxalign.config.command import exit_status
+from jaxalign.config.places import ASSETS
 from jaxalign.convert import load_pipeline, save_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
 from jaxalign.emoji import card, quality, scenes
-from jaxalign.emoji.scorers import ASSETS, scene_judge
+from jaxalign.emoji.scorers import scene_judge
 from jaxalign.errors import UserError
 
 PROMPTS, SAMPLES = 32, 8   # and samples of each prompt, for diversity

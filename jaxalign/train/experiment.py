@@ -64,11 +64,12 @@ class Experiment:
     `{"cond", "uncond", "prepared", "judge"}`: embeddings `[P, ...]` (`uncond` has one row) and the
     prepared arrays of reward and judge.
     """
-    return {
-        "cond": self.embed(prompts), "uncond": self.embed([""]),
-        "prepared": self.reward.prepare(prompts) if isinstance(self.reward, Reward) else {},
-        "judge": self.judge.prepare(prompts) if isinstance(self.judge, Reward) else {},
-    }
+    return {"cond": self.embed(prompts), "uncond": self.embed([""]), **self.prepared(prompts)}
+
+  def prepared(self, prompts: list[str]) -> dict:
+    """`{"prepared", "judge"}`: what reward and judge make of prompts; nothing on the host."""
+    of = lambda scorer: scorer.prepare(prompts) if isinstance(scorer, Reward) else {}
+    return {"prepared": of(self.reward), "judge": of(self.judge)}
 
 
 def gather(table, prompt_ids, sample_ids) -> dict:

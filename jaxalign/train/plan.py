@@ -20,7 +20,6 @@ from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import processes, sharding
 from jaxalign.devices.chips import CHIPS, GIB, Chip
 from jaxalign.errors import UserError
-from jaxalign.rewards import Reward
 from jaxalign.train.experiment import Experiment, build
 from jaxalign.train.opening import open_pipeline
 from jaxalign.train.pairs import PairTable
@@ -136,9 +135,8 @@ def outlined(exp: Experiment, method: methods.Method, prompts: list[str]) -> Pro
 
 def table_shapes(exp: Experiment, prompts: list[str]) -> dict:
   """`Experiment.prompt_table` with shapes where that holds embeddings."""
-  prepared = exp.reward.prepare(prompts) if isinstance(exp.reward, Reward) else {}
-  return {"cond": embedded(exp, len(prompts)), "uncond": embedded(exp, 1), "prepared": prepared,
-          "judge": exp.judge.prepare(prompts) if isinstance(exp.judge, Reward) else {}}
+  return {"cond": embedded(exp, len(prompts)), "uncond": embedded(exp, 1),
+          **exp.prepared(prompts)}
 
 
 def embedded(exp: Experiment, prompts: int):

@@ -13,7 +13,6 @@ import safetensors.numpy
 from flax import traverse_util
 
 import runs
-from jaxalign import evaluate
 from jaxalign.config import recipes
 from jaxalign.convert import load_adapter, load_adapters, save_adapter
 from jaxalign.convert.adapter import FILE
@@ -21,7 +20,7 @@ from jaxalign.errors import UserError
 from jaxalign.models import lora
 from jaxalign.models.stable_diffusion import StableDiffusionPipeline
 from jaxalign.train import experiment, opening
-from jaxalign.train.restore import load_adapters_of, load_tuned
+from jaxalign.train.restore import load_adapters_of, load_tuned, reference
 
 TARGETS = StableDiffusionPipeline.lora_targets
 ATTENTION = {"attention": TARGETS["attention"]}
@@ -288,10 +287,10 @@ def test_evaluation_has_the_runs_base(start, tmp_path):
   fixture = opening.open_pipeline("jaxalign:fixture")
   text = moved(lora.init(jax.random.key(4), fixture.params["text_encoder"], 2, {"a": "self_attn"}))
   file = save_adapter(adapter, tmp_path, text_encoders={"text_encoder": text})
-  reference = evaluate._reference(runs.smoke(model__lora=str(file)))
-  assert_same(reference.params["text_encoder"],
+  own = reference(runs.smoke(model__lora=str(file)))
+  assert_same(own.params["text_encoder"],
               jax.device_get(lora.merge(fixture.params["text_encoder"], text)))
-  assert_same(reference.weights, unet)
+  assert_same(own.weights, unet)
 
 
 def test_export_command(monkeypatch, tmp_path):
