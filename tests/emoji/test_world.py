@@ -133,7 +133,12 @@ def test_shares_that_are_held_out():
   number = np.mean(["number" in held((name,), k, "", "red") for name in ALL for k in (2, 3, 4)])
   pair = np.mean(["pair" in held((a, b), 1, "left", "red") for a in ALL[:40] for b in ALL[:40]
                   if a != b])
-  np.testing.assert_allclose([colour, number, pair], [0.15, 0.20, 0.30], atol=0.03)
+  alone = np.array([scenes.only_alone(name) for name in ALL])
+  np.testing.assert_allclose(alone.mean(), 0.40, atol=0.03)
+  assert all("number" in held((name,), 2, "", "red") for name in np.array(ALL)[alone])
+  np.testing.assert_allclose(
+      [colour, number, pair],
+      [0.15, 1 - 0.8 * (1 - alone.mean()), 1 - 0.7 * (1 - alone[:40].mean()) ** 2], atol=0.05)
   # Turned round, a pair is the same picture.
   for a, b in zip(ALL[:30], ALL[30:60]):
     assert held((a, b), 1, "left", "red") == held((b, a), 1, "right", "red")
