@@ -143,6 +143,21 @@ def held_out(scene: Scene) -> tuple[str, ...]:
   return tuple(out)
 
 
+def asked_anew(scene: Scene) -> bool:
+  """Whether a held-out scene is among those that prompts and figures ask for.
+
+  One thing is new: subject and colour of a single drawing, subject and number of several, the
+  ordered pair of two. Half of the numbers and pairs are of subjects seen `only_alone`; as these are
+  most of what is held out, some are passed over.
+  """
+  kind = "pair" if scene.relation else "number" if scene.number > 1 else "colour"
+  if held_out(scene) != (kind,):
+    return False
+  share = {"pair": 17, "number": 30, "colour": 100}[kind]
+  return not any(map(only_alone, scene.subjects)) or _percentile(
+      "some", scene.relation, str(scene.number), *scene.subjects) < share
+
+
 def contrast(artwork: Artwork) -> np.ndarray:
   """`[N, 12]` bool: whether a drawing stands out from a colour, in each of the styles.
 

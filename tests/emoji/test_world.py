@@ -146,6 +146,18 @@ def test_shares_that_are_held_out():
   assert held(("cat",), 1, "", "red") == held(("cat",), 1, "", "red")
 
 
+def test_half_of_what_is_asked_anew_is_of_subjects_seen_alone_only():
+  some = [scenes.Scene((a, b), 1, relation, "red") for a in ALL for b in ALL if a != b
+          for relation in ("left", "below")]
+  some += [scenes.Scene((a,), number, "", colour) for a in ALL for number in (2, 3, 4)
+           for colour in COLOURS[:3]]
+  asked = list(filter(scenes.asked_anew, some))
+  assert all(scenes.held_out(scene) in (("pair",), ("number",)) for scene in asked)
+  alone = np.array([any(map(scenes.only_alone, scene.subjects)) for scene in asked])
+  pair = np.array([bool(scene.relation) for scene in asked])
+  np.testing.assert_allclose([alone[pair].mean(), alone[~pair].mean()], 0.5, atol=0.12)
+
+
 def test_training_never_draws_what_is_held_out(drawings, table):
   said, _, drawn = pictures(drawings, table, 500)
   assert not any(scenes.held_out(scene) for scene in said)
