@@ -113,11 +113,12 @@ def value_and_grad(reward, mesh):
   def total(x):
     scores = reward.score(reward.params, x, prepared)
     return scores.sum(), scores
-  (_, scores), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(images)
+  program = jax.jit(jax.value_and_grad(total, has_aux=True))
+  (_, scores), gradient = program(images)
   jax.block_until_ready(gradient)
   callbacks.check()
   np.testing.assert_array_equal(images, IMAGES)
-  return np.asarray(scores), np.asarray(gradient)
+  return np.asarray(scores), np.asarray(gradient), "torch_call" in program.lower(images).as_text()
 
 
 @pytest.mark.slow
@@ -126,8 +127,9 @@ def test_as_the_callback(make, compiled, data, fsdp, tensor):
   mesh = sharding.make_mesh(data, fsdp, tensor)
   found, expected = (value_and_grad(make(bridge, mesh), mesh)
                      for bridge in ("torch2jax", "callback"))
-  assert np.ptp(expected[0]) > 0.1 and np.abs(expected[1]).max() > 1e-3
-  for a, b in zip(found, expected):
+  assert np.ptp(expected[0]) > 0.05 and np.abs(expected[1]).max() > 1e-3
+  assert found[2] and not expected[2]          # each by its own bridge
+  for a, b in zip(found[:2], expected):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
 
 
