@@ -51,8 +51,10 @@ def folder(packages, tmp_path_factory):
       num_attention_heads=2, initializer_range=1.0, pad_token_id=0, bos_token_id=None,
       eos_token_id=None, tie_word_embeddings=False)
 
-  def save(name, model, answers, *parts):
+  def save(name, seed, make, answers, *parts):
     """Whatever the model sees, one of two answers is likelier than any other word."""
+    torch.manual_seed(seed)                     # one with which both answers come up
+    model = make()
     a, b = (WORDS.index(answer) for answer in answers)
     with torch.no_grad():
       row = model.lm_head.weight[a].clone()
@@ -60,21 +62,20 @@ def folder(packages, tmp_path_factory):
       model.lm_head.weight[a], model.lm_head.weight[b] = row, -row
     for part in (model, *parts):
       part.save_pretrained(folder / name)
-  torch.manual_seed(0)
-  save("words", t.LlamaForCausalLM(text), ("yes", "no"), tokenizer)
-  save("digits", t.LlamaForCausalLM(text), ("4", "2"), tokenizer)
+  save("words", 10, lambda: t.LlamaForCausalLM(text), ("yes", "no"), tokenizer)
+  save("digits", 9, lambda: t.LlamaForCausalLM(text), ("4", "2"), tokenizer)
   vision = t.CLIPVisionConfig(
       hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
       image_size=16, patch_size=8, projection_dim=16, initializer_range=1.0)
-  model = t.LlavaForConditionalGeneration(t.LlavaConfig(
-      vision, text, image_token_index=WORDS.index("<image>"), image_seq_length=4))
+  both = t.LlavaConfig(
+      vision, text, image_token_index=WORDS.index("<image>"), image_seq_length=4)
   processor = t.LlavaProcessor(
       t.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokenizer, patch_size=8,
       vision_feature_select_strategy="default", num_additional_image_tokens=1,
       chat_template="{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == "
                     "'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}"
                     "{% endfor %}")
-  save("sees", model, ("yes", "no"), processor)
+  save("sees", 0, lambda: t.LlavaForConditionalGeneration(both), ("yes", "no"), processor)
   return folder
 
 
