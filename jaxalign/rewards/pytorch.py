@@ -453,7 +453,7 @@ def _by_callback(answer: Callable, shape, *args):
 
 
 def _by_torch2jax(answer: Callable, shape, *args):
-  """The same on the devices' own memory: nothing is copied on the way."""
+  """The same on the devices' own memory: nothing goes by the host."""
   from wrap_torch2jax import torch2jax
   return torch2jax(answer, *args, output_shapes=shape, depth=0, vmap_method="broadcast_all")(*args)
 
@@ -482,7 +482,7 @@ def _build_torch2jax(scorer: Scorer) -> None:
   if not shutil.which(compiler):
     raise fault(f"needs a C++ compiler, and there is no {compiler}")
   try:
-    with contextlib.redirect_stdout(sys.stderr):         # what ninja says while it compiles
+    with contextlib.redirect_stdout(sys.stderr):         # it says when it begins to compile
       wrap_torch2jax.compile_and_import_module()
   except Exception as error:
     raise fault(f"does not compile ({source.one_line(error)})") from error
