@@ -70,7 +70,11 @@ class World(NamedTuple):
 
 
 def world(file, subjects: int = len(scenes.SUBJECTS)) -> World:
-  """The first `subjects` of the world, out of the file of drawings."""
+  """The first `subjects` of the world, out of the file of drawings.
+
+  Of scenes that are kept from training, one thing is new: subject and colour of a single drawing,
+  subject and number of several, the ordered pair of two.
+  """
   if subjects > len(scenes.SUBJECTS):
     raise UserError(f"task.subjects={subjects}: there are {len(scenes.SUBJECTS)}")
   codes = list(scenes.SUBJECTS)[:subjects]
@@ -79,8 +83,10 @@ def world(file, subjects: int = len(scenes.SUBJECTS)) -> World:
 
 
 def tables(names, visible) -> tuple[scenes.Table, scenes.Table]:
-  """Scenes of training, and those held out that are asked for; `visible` as `scenes.contrast`."""
-  return scenes.table(names, visible), scenes.table(names, visible, scenes.asked_anew)
+  """Scenes of training, and those that `world` keeps from it; `visible` as `scenes.contrast`."""
+  new = lambda scene: scenes.held_out(scene) == (
+      ("pair",) if scene.relation else ("number",) if scene.number > 1 else ("colour",))
+  return scenes.table(names, visible), scenes.table(names, visible, new)
 
 
 def ask(table: scenes.Table, names, each: int, key) -> tuple[list[scenes.Scene], scenes.Drawn]:

@@ -116,46 +116,24 @@ def _percentile(*words: str) -> int:
   return zlib.crc32("|".join(words).encode()) % 100
 
 
-def only_alone(name: str) -> bool:
-  """Whether training shows a subject alone only: never several of it, never beside another."""
-  return _percentile("alone", name) < 40
-
-
 def held_out(scene: Scene) -> tuple[str, ...]:
   """Which combinations of a scene are kept from training: of "colour", "number" and "pair".
 
-  15 % of subject and colour; all numbers and pairs of subjects seen `only_alone`, and of the others
-  20 % of subject and number (two to four), 30 % of ordered pairs. The order is that in the picture:
-  "a cat to the left of a dog" and "a dog to the right of a cat" are held out together.
+  15 % of subject and colour, 20 % of subject and number (two to four), 30 % of ordered pairs: the
+  order is that in the picture, so "a cat to the left of a dog" and "a dog to the right of a cat"
+  are held out together.
   """
   out = []
   if any(_percentile(name, scene.colour) < 15 for name in scene.subjects):
     out.append("colour")
-  alone = any(map(only_alone, scene.subjects))
-  if scene.number > 1 and (
-      alone or _percentile(scene.subjects[0], str(scene.number)) < 20):
+  if scene.number > 1 and _percentile(scene.subjects[0], str(scene.number)) < 20:
     out.append("number")
   if scene.relation:
     turned = scene.relation in ("right", "below")
     axis = "above" if scene.relation in ("above", "below") else "left"
-    if alone or _percentile(axis, *(scene.subjects[::-1] if turned else scene.subjects)) < 30:
+    if _percentile(axis, *(scene.subjects[::-1] if turned else scene.subjects)) < 30:
       out.append("pair")
   return tuple(out)
-
-
-def asked_anew(scene: Scene) -> bool:
-  """Whether a held-out scene is among those that prompts and figures ask for.
-
-  One thing is new: subject and colour of a single drawing, subject and number of several, the
-  ordered pair of two. Half of the numbers and pairs are of subjects seen `only_alone`; as these are
-  most of what is held out, some are passed over.
-  """
-  kind = "pair" if scene.relation else "number" if scene.number > 1 else "colour"
-  if held_out(scene) != (kind,):
-    return False
-  share = {"pair": 17, "number": 30, "colour": 100}[kind]
-  return not any(map(only_alone, scene.subjects)) or _percentile(
-      "some", scene.relation, str(scene.number), *scene.subjects) < share
 
 
 def contrast(artwork: Artwork) -> np.ndarray:
