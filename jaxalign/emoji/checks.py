@@ -158,7 +158,8 @@ def _reward(part: str, soft: bool) -> Reward:
   return Reward(
       ("soft_" if soft else "") + part, params, functools.partial(_prepare, part),
       functools.partial(_score, module, part, soft),
-      f"{np.log(FLOOR):.1f} to 0, log-probability" if soft else "0 to 1, share of parts" if share else "0 or 1",
+      f"{np.log(FLOOR):.1f} to 0, log-probability" if soft
+      else "0 to 1, share of parts" if share else "0 or 1",
       differentiable=soft)
 
 
