@@ -4,7 +4,6 @@
 
 Arguments after a colon:
   emoji    the embedded model, reward scene_clip (default); not measured
-  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
