@@ -141,7 +141,8 @@ class Updates:
     shape: `(c, h, w)` of latents. cfg, optim: keys of the method and of AdamW.
     rows: of the batch: `cond`, `uncond` and `text`; of preference methods `pairs [N, 2, c, h, w]`
       and `cond`. beta: nabla-GFlowNet's, raw.
-    levels: `t -> (alpha, sigma)`; velocity, flow: what the network predicts.
+    alphas, sigmas: `[N]`, levels of the schedule. prediction: what the network outputs. shift: of
+      the times that a flow is trained at.
   """
   nets: Networks
   tables: dict[str, Any]
@@ -153,6 +154,7 @@ class Updates:
   alphas: Any
   sigmas: Any
   prediction: str
+  shift: float
 
   def __post_init__(self):
     first = next(iter((self.rows["cond"]).values()))
@@ -298,8 +300,11 @@ class Updates:
       noise, t = given["noise"], given["t"]
     else:
       noise, last = torch.randn(pairs, *self.shape), len(self.alphas) - 1
-      t = (last * torch.sigmoid(torch.randn(pairs)) if self.prediction == "flow"
-           else torch.randint(0, last + 1, (pairs,)).float())
+      if self.prediction == "flow":
+        level = torch.sigmoid(torch.randn(pairs))
+        t = last * self.shift * level / (1 + (self.shift - 1) * level)
+      else:
+        t = torch.randint(0, last + 1, (pairs,)).float()
     noise, t = noise.repeat_interleave(2, 0), t.repeat_interleave(2)
     low = t.floor().long().clamp(max=len(self.alphas) - 1)
     high, part = (low + 1).clamp(max=len(self.alphas) - 1), t - t.floor()
