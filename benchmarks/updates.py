@@ -2,7 +2,8 @@
 
   python -m benchmarks.updates --model=emoji --methods=nabla_gfn,ddpo --rounds=7
   python -m benchmarks.updates --model=emoji_sd3           # all methods; goes on where it stopped
-  python -m benchmarks.updates --model=smoke --rounds=1 --output=runs/speed.json --page=
+  python -m benchmarks.updates --model=smoke --methods=ddpo --rounds=2 --no-compile \\
+      --output=runs/speed.json --page=runs/speed.md        # a minute, to see that it works
 
 PyTorch's side is `benchmarks/torch_updates.py`. Before anything is timed both sides take one step
 from the same weights with the same random numbers, and stop unless loss and gradient agree to 1e-4.
@@ -556,8 +557,8 @@ def main(argv=None):
                       help=f"of {', '.join((*METHODS, *PARTS))}")
   parser.add_argument("--rounds", type=int, default=speed_page.ROUNDS,
                       help="turns of each side, in all")
-  parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                      help="torch.compile, kept where it is faster")
+  parser.add_argument("--no-compile", dest="compile", action="store_false",
+                      help="without torch.compile, which else is kept where it is faster")
   parser.add_argument("--padded", action="store_true",
                       help="PyTorch reads the zeros of an absent T5 one by one, as diffusers does")
   parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs/updates.json")

@@ -74,6 +74,20 @@ def test_the_page_has_ratios_and_shares():
   assert "dno" not in page
 
 
+def test_the_command_goes_on_where_it_stopped_and_writes_its_page(tmp_path):
+  output, page = tmp_path / "speed.json", tmp_path / "speed.md"
+  name, threads, rounds = "reward_gradient", torch.get_num_threads(), []
+  for count in (1, 2):
+    updates.main(["--model=smoke", f"--methods={name}", f"--rounds={count}", "--no-compile",
+                  f"--output={output}", f"--page={page}"])
+    entry = json.loads(output.read_text())[f"smoke/{name}"]
+    assert len(entry["rounds"]) == count and entry["rounds"][:count - 1] == rounds
+    rounds = entry["rounds"]
+  torch.set_num_threads(threads)
+  assert max(entry["agreement"].values()) < updates.TOLERANCE and min(entry["flops"].values()) > 1e6
+  assert f"| `{name}` |" in page.read_text() and "2, too few" in page.read_text()
+
+
 def test_the_page_is_that_of_its_numbers():
   results = runs.ROOT / "docs" / "updates.json"
   if not results.exists():
