@@ -110,8 +110,9 @@ def outputs(models: Models, variables, rows):
   The images of a pair lie side by side, so that a sharded batch keeps them on one device.
   """
   latents, schedule = rows["latents"], models.schedule
+  images = latents.shape[1]
   flat = lambda a: a.reshape((-1,) + a.shape[2:])
-  each = lambda a: jnp.repeat(a, latents.shape[1], axis=0)
+  each = lambda a: jnp.repeat(a, images, axis=0)
   noise, t = flat(jnp.broadcast_to(rows["noise"], latents.shape)), each(rows["t"])
   latents = flat(latents)
   x_t = schedule.add_noise(latents, noise, t)
