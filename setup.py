@@ -52,6 +52,8 @@ setuptools.setup(
         # services that `log.to` names
         "loggers": ["mlflow>=2.14", "trackio>=0.2", "wandb>=0.17"],
         "torch": ["torch>=2.4"],       # rewards in PyTorch
+        # the same without copies, `#bridge=torch2jax`; compiled when first used, which ninja drives
+        "torch2jax": ["ninja>=1.11", "setuptools>=70", "torch>=2.6", "wrap-torch2jax>=0.9,<0.10"],
         # the reader of `ocr`: onnxruntime runs the network that lies in rapidocr's wheel,
         # rapidfuzz measures edit distances
         "ocr": OCR,

@@ -4,7 +4,7 @@ One call of PyTorch gives score and gradient, so the gradient is kept as the res
 derivative `ct * dR/dx`, and JAX never sees what is inside.
 
   images [B, H, W, 3], int32 numbers of prompts  -- rows split over `data` and `fsdp` -->
-  callback: one thread a process scores, differentiates, and answers NaN where that fails -->
+  bridge: one thread a process scores, differentiates, and answers NaN where that fails -->
   scores [B] and gradient [B, H, W, 3], packed as one array
 
 The user's file says what is scored:
@@ -13,14 +13,20 @@ The user's file says what is scored:
   def f(pixels, prompts[, network]): ...       # f32 [B, 3, H, W] in [0, 1] -> [B]
   def features(pixels[, network]): ...         # -> [B, D], for judges; optional
 
+The bridge is JAX's callback, or torch2jax, which hands over the devices' own memory.
+
 torch is imported here, and only when such a reward is asked for.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
+import os
 import pathlib
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -57,17 +63,19 @@ class Settings:
     device: "cpu", "cuda" or "cuda:1". dtype: of the network's weights; pixels and answer are f32.
     batch: rows of one call of PyTorch; 0 is all of them.
     timeout: seconds that the scoring of one device's rows may take.
-    name: in logs, in place of `file.py:function`.
+    name: in logs, in place of `file.py:function`. bridge: "callback" or "torch2jax".
   """
   device: str = "cpu"
   dtype: str = "float32"
   batch: int = 0
   timeout: float = 600.0
   name: str = ""
+  bridge: str = "callback"
 
   def __post_init__(self):
-    if self.dtype not in TOLERANCE:
-      raise UserError(f"dtype={self.dtype} is none of {', '.join(TOLERANCE)}")
+    for key, values in (("dtype", TOLERANCE), ("bridge", _BRIDGES)):
+      if getattr(self, key) not in values:
+        raise UserError(f"{key}={getattr(self, key)} is none of {', '.join(values)}")
     if self.batch < 0 or not 0 < self.timeout <= callbacks.PATIENCE:
       raise UserError(f"batch={self.batch} and timeout={self.timeout:g}: 0 or more, and above 0")
 
@@ -116,28 +124,39 @@ class Scorer:
       UserError: what the user's function or its answer is at fault of, in one line. NoGradient.
         What `callbacks.in_thread` does, less TimeoutError.
     """
+    import torch
+    return self._ask(torch.from_numpy(np.array(images, np.float32)), prompts, kind).numpy()
+
+  def _ask(self, images, prompts, kind):
+    """As `ask`, of a tensor, and a tensor where that lies."""
+    import torch
+    # On a GPU the work is to come after what gives the images, so in the stream of this thread.
+    stream = torch.cuda.current_stream(images.device) if images.is_cuda else None
+
+    def work():
+      with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        return self._in_parts(images, prompts, kind)
     try:
-      return callbacks.in_thread(lambda: self._in_parts(images, prompts, kind),
-                                 self.settings.timeout)
+      return callbacks.in_thread(work, self.settings.timeout)
     except TimeoutError as error:
       raise self._fault(f"took longer than {self.settings.timeout:g} s; allow more with "
                         "#timeout=") from error
 
-  def _in_parts(self, images, prompts, kind) -> np.ndarray:
-    finite = np.isfinite(images).all((1, 2, 3))
-    images = np.where(finite[:, None, None, None], images, np.float32(0.5))
+  def _in_parts(self, images, prompts, kind):
+    import torch
+    finite = images.isfinite().all(3).all(2).all(1)
+    images = torch.where(finite[:, None, None, None], images, 0.5)
     size = self.settings.batch or len(images)
     with self._lock:
       self.rows += len(images)
-    out = np.concatenate([self._once(images[i:i + size], prompts[i:i + size], kind)
-                          for i in range(0, len(images), size)])
-    out[~finite] = np.nan
+    out = torch.cat([self._once(images[i:i + size], prompts[i:i + size], kind)
+                     for i in range(0, len(images), size)])
+    out[~finite] = torch.nan
     return out
 
-  def _once(self, images, prompts, kind) -> np.ndarray:
+  def _once(self, images, prompts, kind):
     import torch
-    x = torch.from_numpy(np.array(images, np.float32)).to(self.settings.device)
-    x.requires_grad_(kind == GRADIENT)
+    x = images.to(self.settings.device).detach().requires_grad_(kind == GRADIENT)
     dtype = getattr(torch, self.settings.dtype)
     f = self.features if kind == FEATURES else self._function
     wanted = inspect.signature(f).parameters
@@ -150,14 +169,15 @@ class Scorer:
       self._check(f.__name__, answer, x, kind, prompts)
       values = answer.float()
       if kind != GRADIENT:
-        return values.detach().cpu().numpy()
+        return values.detach().to(images.device)
       if not answer.requires_grad:
         raise NoGradient
       gradient = torch.autograd.grad(values.sum(), x, allow_unused=True)[0]
     if gradient is None:
       raise NoGradient
     self._check_finite(f"{f.__name__} has the gradient", gradient, prompts)
-    return torch.cat([values.detach()[:, None], gradient.reshape(len(x), -1)], 1).cpu().numpy()
+    packed = torch.cat([values.detach()[:, None], gradient.reshape(len(x), -1)], 1)
+    return packed.to(images.device)
 
   def _check(self, function, answer, x, kind, prompts) -> None:
     import torch
@@ -207,20 +227,22 @@ class Scorer:
       self._width = self.ask(np.full((1, *shape), 0.5, np.float32), [""], FEATURES).shape[1]
     return self._width
 
-  def answer(self, kind, width, meeting, images, numbers, shard) -> np.ndarray:
-    """The callback: `[..., B, width]` f32, NaN wherever that cannot be had. Never raises.
+  def answer(self, kind, width, meeting, images, numbers, shard):
+    """Asked by a bridge: `[..., B, width]` f32, NaN wherever that cannot be had. Never raises.
 
     Args:
       meeting: shards of each process, where all of them answer together; 0 where one does alone.
       images: `[..., B, H, W, 3]`. numbers: `[..., B]`, of prompts. shard: which part of the rows.
+        Tensors, as is the answer, where the images lie.
     """
-    out = np.full((*images.shape[:-3], width), np.nan, np.float32)
+    import torch
+    out = torch.full((*images.shape[:-3], width), torch.nan, device=images.device)
     try:
       try:
         if not callbacks.ended():
-          rows = np.asarray(images).reshape(-1, *images.shape[-3:])
-          prompts = [self._table[i] if kind != FEATURES else "" for i in np.ravel(numbers)]
-          out[:] = self.ask(rows, prompts, kind).reshape(out.shape)
+          rows = images.reshape(-1, *images.shape[-3:])
+          prompts = [self._table[i] if kind != FEATURES else "" for i in numbers.flatten().tolist()]
+          out.copy_(self._ask(rows, prompts, kind).reshape(out.shape))
       except (callbacks.Ended, KeyboardInterrupt):
         pass
       except NoGradient:
@@ -228,16 +250,14 @@ class Scorer:
       except UserError as error:
         callbacks.record(str(error))
       if meeting:
-        part = int(np.asarray(shard).flat[0]) % meeting
+        part = int(shard.flatten()[0]) % meeting
         with self._lock:
           self._meetings[part] += 1
           count = self._meetings[part]
         callbacks.meet(f"reward{self._number}/{part}", count)
     except BaseException as error:             # also of ours: whatever it is, collectives must end
       callbacks.record(str(self._fault(source.one_line(error))))
-    if callbacks.ended():
-      out[:] = np.nan
-    return out
+    return out.fill_(torch.nan) if callbacks.ended() else out
 
 
 class NoGradient(Exception):
@@ -307,7 +327,7 @@ def _opened(reward: Reward, scorer: Scorer, trial: Trial) -> Reward | HostReward
     return dataclasses.replace(
         reward, score=lambda params, images, prepared: images.mean((1, 2, 3)),
         features=scorer.features and (lambda params, images: images.mean((1, 2))))
-  settings, begun = scorer.settings, time.monotonic()
+  settings = scorer.settings
   on_gpu = settings.dtype == "float32" and settings.device != "cpu"
   score = lambda images, prompts: scorer.ask(images, prompts, SCORE)
 
@@ -316,13 +336,16 @@ def _opened(reward: Reward, scorer: Scorer, trial: Trial) -> Reward | HostReward
       return scorer.ask(images, prompts, GRADIENT)[:, 1:].reshape(images.shape)
     except NoGradient:
       return None
+  if settings.bridge == "torch2jax":
+    _build_torch2jax(scorer)
+  begun = time.monotonic()
   try_rows(scorer.name, score, trial, ON_GPU if on_gpu else TOLERANCE[settings.dtype])
   differentiable = trial.gradient and try_gradient(scorer.name, score, gradient, trial)
+  compiled = differentiable or not trial.gradient
   processes.say(f"reward.names: {scorer.name} in PyTorch on {settings.device}, {settings.dtype}, "
                 f"tried in {time.monotonic() - begun:.1f} s"
-                + ("; JAX keeps no program that calls it, so each run compiles anew"
-                   if differentiable or not trial.gradient else ""))
-  if differentiable or not trial.gradient:
+                + (_BRIDGES[settings.bridge].said if compiled else ""))
+  if compiled:
     return dataclasses.replace(reward, differentiable=bool(differentiable))
   return HostReward(reward.name, lambda images, prompts: scorer.ask(
       images.astype(np.float32) / 255, list(prompts), SCORE), reward.range)
@@ -381,7 +404,7 @@ def _features(scorer: Scorer, images):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _call(scorer, mesh, kind, width, images, numbers):
-  """`[B, width]` f32 by a callback for each part of the rows, or by one for all of them.
+  """`[B, width]` f32 by a call for each part of the rows, or by one for all of them.
 
   Packed, since two results under `shard_map` go astray (jax-ml/jax#30619).
   """
@@ -389,8 +412,8 @@ def _call(scorer, mesh, kind, width, images, numbers):
 
   def ask(meeting, images, numbers, shard):
     shape = jax.ShapeDtypeStruct((len(images), width), np.float32)
-    return jax.pure_callback(functools.partial(scorer.answer, kind, width, meeting), shape,
-                             images, numbers, shard, vmap_method="broadcast_all")
+    answer = functools.partial(scorer.answer, kind, width, meeting)
+    return _BRIDGES[scorer.settings.bridge].call(answer, shape, images, numbers, shard)
   shards = 1 if mesh.empty else sharding.batch_shards(mesh)
   if mesh.empty or mesh.size == 1 or len(images) % shards:
     return ask(0, images, numbers, np.int32(0))
@@ -416,3 +439,66 @@ def _no_more_derivatives(scorer, mesh, kind, width, primals, tangents):
   asked = f"method.name={scorer.method!r} asks" if scorer.method else "the method asks"
   raise UserError(f"reward.names: {scorer.name}: PyTorch gives first derivatives, and {asked} for "
                   "second ones; write the reward in JAX")
+
+
+# ------------------------------------------------------------------ bridges
+
+
+def _by_callback(answer: Callable, shape, *args):
+  """`answer(*tensors)` inside a program, its arguments copied to the host."""
+  def on_host(*args):
+    import torch
+    return answer(*(torch.from_numpy(np.array(arg)) for arg in args)).numpy()
+  return jax.pure_callback(on_host, shape, *args, vmap_method="broadcast_all")
+
+
+def _by_torch2jax(answer: Callable, shape, *args):
+  """The same on the devices' own memory: nothing goes by the host."""
+  from wrap_torch2jax import torch2jax
+  return torch2jax(answer, *args, output_shapes=shape, depth=0, vmap_method="broadcast_all")(*args)
+
+
+def _build_torch2jax(scorer: Scorer) -> None:
+  """Compiles torch2jax for this PyTorch and JAX, or finds that in its cache.
+
+  Raises:
+    UserError: it, or what compiles it, is missing; or it does not work on these devices.
+  """
+  import torch
+  fault = lambda what: scorer._fault(f"bridge=torch2jax {what}; leave it out for the callback")
+  device, local = torch.device(scorer.settings.device), jax.local_devices()
+  if processes.several():
+    raise fault("makes a program in each process that the others do not know")
+  if {"cuda": "gpu"}.get(device.type, device.type) != local[0].platform:
+    raise fault(f"hands over what lies on JAX's devices, {local[0].platform}, and device={device} "
+                "is elsewhere")
+  if device.type == "cuda" and (len(local) > 1 or device.index):
+    raise fault(f"serves the first GPU alone, and JAX has {len(local)}")
+  try:
+    import wrap_torch2jax
+  except ImportError as error:
+    raise fault("needs its package: pip install jaxalign[torch2jax]") from error
+  compiler = os.environ.get("CXX", "c++")
+  if not shutil.which(compiler):
+    raise fault(f"needs a C++ compiler, and there is no {compiler}")
+  try:
+    with contextlib.redirect_stdout(sys.stderr):         # it says when it begins to compile
+      wrap_torch2jax.compile_and_import_module()
+  except Exception as error:
+    raise fault(f"does not compile ({source.one_line(error)})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bridge:
+  """How a program calls PyTorch: `call(answer, shape, *arrays)`; `said` is for the log."""
+  call: Callable
+  said: str
+
+
+_BRIDGES = {
+    "callback": _Bridge(
+        _by_callback, "; JAX keeps no program that calls it, so each run compiles anew"),
+    "torch2jax": _Bridge(
+        _by_torch2jax, ", called by torch2jax; its programs have new names in each run, which "
+        "compiles them anew"),
+}

@@ -15,7 +15,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings

@@ -73,6 +73,8 @@ def device(pixels, prompts):
 
 def start(folder, scorer: str, *, devices: int = 2, processes: int = 1, **env):
   """The processes of `faulty.py`, whose scorers are written into `folder`."""
+  if "torch2jax" in scorer:
+    pytest.importorskip("wrap_torch2jax", reason="needs pip install jaxalign[torch2jax]")
   (folder / "bad.py").write_text(CODE)
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -107,6 +109,10 @@ def finish(started) -> list[tuple[int, str, list[str]]]:
     ("hungry", "bad.py:hungry: hungry raised at line 17 MemoryError; score fewer pictures at a "
                "time with #batch="),
     ("sleeps#timeout=2", "bad.py:sleeps: took longer than 2 s; allow more with #timeout="),
+    pytest.param("raises#bridge=torch2jax", "raises raised at line 12 ValueError: no such picture",
+                 marks=pytest.mark.slow),
+    pytest.param("sleeps#timeout=2&bridge=torch2jax", "bad.py:sleeps: took longer than 2 s; allow "
+                 "more with #timeout=", marks=pytest.mark.slow),
 ])
 def test_a_fault_on_one_of_two_devices(tmp_path, scorer, said):
   [(code, out, errors)] = finish(start(tmp_path, scorer))
@@ -115,7 +121,8 @@ def test_a_fault_on_one_of_two_devices(tmp_path, scorer, said):
   assert out.splitlines()[-1] == "step 0"                  # what it gave was not used
 
 
-@pytest.mark.parametrize("scorer", ["sleeps", "spins"])
+@pytest.mark.parametrize("scorer", [
+    "sleeps", "spins", pytest.param("sleeps#bridge=torch2jax", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_call_that_never_does(tmp_path, scorer):
   [process] = start(tmp_path, scorer)
   for line in process.stdout:
