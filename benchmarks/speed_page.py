@@ -7,15 +7,17 @@ Written by `python -m benchmarks.updates`; every number is read from [updates.js
 
 One step of each method by jaxalign and by the same algorithm in plain PyTorch with diffusers and peft (`benchmarks/torch_updates.py`), in one process on the same cores, taking turns. Before anything is timed both take a step from the same weights with the same random numbers; *agree* is the larger relative difference of loss and gradient then, at most 1e-4.
 
-*times as fast* is PyTorch's median over ours, above 1 where jaxalign is faster, and its range over the rounds; *by CPU time* is the same of the process's CPU seconds, which other work on the machine disturbs less. *TFLOP* are the operations of a step: ours are XLA's count of one call of each network, times the calls that the method counts; PyTorch's are those that its counter saw in products and convolutions. *of a product* is the rate of a step as a share of what a product of 1024-square matrices reached in the same rounds, in the faster of both libraries. *compiled*: whether `torch.compile` made PyTorch faster, which it then was timed with. *load* is the machine's load average, in cores: above the number of cores other work took its share of both sides.
+*times as fast* is PyTorch's median over ours, above 1 where jaxalign is faster, and the range of the rounds' own ratios; *by CPU time* is the same of the process's CPU seconds, which other work on the machine disturbs less. *s* are medians and ranges of seconds a step. Fewer than seven rounds are marked as too few. *TFLOP* are the operations of a step: ours are XLA's count of one call of each network, times the calls that the method counts; PyTorch's are those that its counter saw in products and convolutions. *GFLOP/s* are these over the median time, and *of a product* is that rate as a share of what a product of 1024-square matrices reached in the same rounds, in the faster of both libraries. *compiled*: whether `torch.compile` made PyTorch faster, which it then was timed with. *load* is the machine's load average, in cores: above the number of cores other work took its share of both sides.
 
 The last rows are no methods but what these are made of, at the rows of a batch of nabla-GFlowNet: a batch of pictures drawn, decoded and scored; the guided denoiser; it with its gradient to the adapter; decoder and scorer with their gradient to the latent.
 
 Machines of this kind differ from day to day by a factor of almost two, and ratios with them: compare only what ran together.
 """  # noqa: E501
-COLUMNS = ("times as fast", "by CPU time", "rounds", "batch, steps, guidance", "TFLOP, ours",
-           "TFLOP, PyTorch's", "of a product, ours", "of a product, PyTorch's", "compiled", "agree",
-           "load")
+BOTH = ("ours", "PyTorch's")
+COLUMNS = ("times as fast", "by CPU time", *(f"{name}, {side}" for name in (
+    "s", "TFLOP", "GFLOP/s", "of a product") for side in BOTH),
+    "rounds", "batch, steps, guidance", "compiled", "agree", "load")
+ROUNDS = 7               # that a median needs
 
 
 def page(results: dict) -> str:
@@ -56,13 +58,18 @@ def line(name: str, entry: dict) -> str:
   each = [turn["pytorch"] / turn["jaxalign"] for turn in rounds]
   product = statistics.median(max(turn["product"].values()) for turn in rounds)
 
-  def share(side):
-    rate = entry["flops"][side] * 1e-9 / statistics.median(of(side))
-    return f"{100 * rate / product:.0f} %"
+  times, work, rates, shares = [], [], [], []
+  for side in ("jaxalign", "pytorch"):
+    seconds, flops = of(side), entry["flops"][side]
+    rate = 1e-9 * flops / statistics.median(seconds)
+    times.append(f"{statistics.median(seconds):.3g} ({min(seconds):.3g} to {max(seconds):.3g})")
+    work.append(f"{1e-12 * flops:.3g}")
+    rates.append(f"{rate:.3g}")
+    shares.append(f"{100 * rate / product:.0f} %")
   compiled = {True: "yes", False: "no", None: "not tried"}[entry.get("compiled")]
-  work = lambda side: f"{entry['flops'][side] * 1e-12:.3f}"
   return cells(
       f"`{name}`", f"{ratio(''):.2f} ({min(each):.2f} to {max(each):.2f})", f"{ratio('_cpu'):.2f}",
-      len(rounds), f"{sample['batch']}, {sample['steps']}, {sample['guidance']:g}",
-      work("jaxalign"), work("pytorch"), share("jaxalign"), share("pytorch"), compiled,
+      *times, *work, *rates, *shares,
+      f"{len(rounds)}{'' if len(rounds) >= ROUNDS else ', too few'}",
+      f"{sample['batch']}, {sample['steps']}, {sample['guidance']:g}", compiled,
       f"{max(entry['agreement'].values()):.0e}", f"{statistics.median(of('load')):.1f}")

@@ -141,7 +141,8 @@ class Updates:
     shape: `(c, h, w)` of latents. cfg, optim: keys of the method and of AdamW.
     rows: of the batch: `cond`, `uncond` and `text`; of preference methods `pairs [N, 2, c, h, w]`
       and `cond`. beta: nabla-GFlowNet's, raw.
-    levels: `t -> (alpha, sigma)`; velocity, flow: what the network predicts.
+    alphas, sigmas: `[N]`, levels of the schedule. prediction: what the network outputs. shift: of
+      the times that a flow is trained at.
   """
   nets: Networks
   tables: dict[str, Any]
@@ -153,6 +154,7 @@ class Updates:
   alphas: Any
   sigmas: Any
   prediction: str
+  shift: float
 
   def __post_init__(self):
     first = next(iter((self.rows["cond"]).values()))
@@ -288,18 +290,23 @@ class Updates:
     self._learn()
     return {"loss": loss.detach()}
 
-  def _errors(self, x, noise, t, target, cond):
-    return (self.nets.denoise(x, t, cond) - target).square().mean((1, 2, 3)).reshape(-1, 2).T
+  @staticmethod
+  def _of_pairs(a):
+    """`[2 N, ...]`, the images of pairs side by side -> their means `[2, N]`."""
+    return a.mean((1, 2, 3)).reshape(-1, 2).T
 
   def _noised(self, given):
-    """`x_t`, times and targets of the images of pairs, side by side, with the same noise."""
+    """What the network reads, and targets: of the images of pairs, with the same noise."""
     z, pairs = self.rows["pairs"].flatten(0, 1), len(self.rows["pairs"])
     if given:
       noise, t = given["noise"], given["t"]
     else:
       noise, last = torch.randn(pairs, *self.shape), len(self.alphas) - 1
-      t = (last * torch.sigmoid(torch.randn(pairs)) if self.prediction == "flow"
-           else torch.randint(0, last + 1, (pairs,)).float())
+      if self.prediction == "flow":
+        level = torch.sigmoid(torch.randn(pairs))
+        t = last * self.shift * level / (1 + (self.shift - 1) * level)
+      else:
+        t = torch.randint(0, last + 1, (pairs,)).float()
     noise, t = noise.repeat_interleave(2, 0), t.repeat_interleave(2)
     low = t.floor().long().clamp(max=len(self.alphas) - 1)
     high, part = (low + 1).clamp(max=len(self.alphas) - 1), t - t.floor()
@@ -308,11 +315,11 @@ class Updates:
     target = {"epsilon": lambda: noise, "flow": lambda: noise - z,
               "v_prediction": lambda: alpha * noise - sigma * z}[self.prediction]()
     cond = {key: a.repeat_interleave(2, 0) for key, a in self.rows["cond"].items()}
-    return alpha * z + sigma * noise, noise, t, target, cond
+    return (alpha * z + sigma * noise, t, cond), target
 
   def mapo(self, given):
-    cfg = self.cfg
-    w, l = self._errors(*self._noised(given))
+    cfg, (noised, target) = self.cfg, self._noised(given)
+    w, l = self._of_pairs((self.nets.denoise(*noised) - target).square())
     phi = lambda u: u * torch.exp(-u) / -torch.expm1(-u)
     margin = cfg.logit_scale * (phi(cfg.error_scale * w) - phi(cfg.error_scale * l))
     loss = w.mean() - cfg.weight * F.logsigmoid(margin).mean()
@@ -321,11 +328,13 @@ class Updates:
     return {"loss": loss.detach()}
 
   def diffusion_dpo(self, given):
-    noised = self._noised(given)
+    noised, target = self._noised(given)
     with torch.no_grad(), self.nets.reference():
-      ref_w, ref_l = self._errors(*noised)
-    w, l = self._errors(*noised)
-    loss = -F.logsigmoid(-0.5 * self.cfg.beta * ((w - l) - (ref_w - ref_l))).mean()
+      ref = self.nets.denoise(*noised)
+    out = self.nets.denoise(*noised)
+    # The squares' difference as a product: f32 errors of 1 to 7 digits, times beta, are nats.
+    w, l = self._of_pairs((out - ref) * (out + ref - 2 * target))
+    loss = -F.logsigmoid(-0.5 * self.cfg.beta * (w - l)).mean()
     loss.backward()
     self._learn()
     return {"loss": loss.detach()}

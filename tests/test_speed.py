@@ -54,7 +54,7 @@ def test_a_step_of_each_method_is_the_same_in_pytorch(world, name, model):
 def entry(pytorch, jaxalign):
   turn = {"pytorch": pytorch, "jaxalign": jaxalign, "pytorch_cpu": 2 * pytorch,
           "jaxalign_cpu": jaxalign, "load": 2.0, "product": {"jaxalign": 90.0, "pytorch": 100.0}}
-  return {"machine": updates.machine(), "padded": False, "agreement": {"loss": 1e-6},
+  return {"machine": updates.machine(2), "padded": False, "agreement": {"loss": 1e-6},
           "settings": {"sample": {"batch": 4, "steps": 3, "guidance": 2.0}},
           "flops": {"jaxalign": 1e11, "pytorch": 2e11}, "rounds": [turn] * 3}
 
@@ -63,8 +63,29 @@ def test_the_page_has_ratios_and_shares():
   page = speed_page.page({"emoji/ddpo": entry(3.0, 2.0), "emoji/dno": {"rounds": []}})
   row = next(line for line in page.splitlines() if line.startswith("| `ddpo`"))
   cells = [cell.strip() for cell in row.strip("|").split(" | ")]
-  assert cells[1:4] == ["1.50 (1.50 to 1.50)", "3.00", "3"]
-  assert cells[7:9] == ["50 %", "67 %"] and cells[9] == "not tried" and "dno" not in page
+  assert dict(zip(speed_page.COLUMNS, cells[1:], strict=True)) == {
+      "times as fast": "1.50 (1.50 to 1.50)", "by CPU time": "3.00",
+      "s, ours": "2 (2 to 2)", "s, PyTorch's": "3 (3 to 3)",
+      "TFLOP, ours": "0.1", "TFLOP, PyTorch's": "0.2",
+      "GFLOP/s, ours": "50", "GFLOP/s, PyTorch's": "66.7",
+      "of a product, ours": "50 %", "of a product, PyTorch's": "67 %",
+      "rounds": "3, too few", "batch, steps, guidance": "4, 3, 2", "compiled": "not tried",
+      "agree": "1e-06", "load": "2.0"}
+  assert "dno" not in page
+
+
+def test_the_command_goes_on_where_it_stopped_and_writes_its_page(tmp_path):
+  output, page = tmp_path / "speed.json", tmp_path / "speed.md"
+  name, threads, rounds = "reward_gradient", torch.get_num_threads(), []
+  for count in (1, 2):
+    updates.main(["--model=smoke", f"--methods={name}", f"--rounds={count}", "--no-compile",
+                  f"--output={output}", f"--page={page}"])
+    entry = json.loads(output.read_text())[f"smoke/{name}"]
+    assert len(entry["rounds"]) == count and entry["rounds"][:count - 1] == rounds
+    rounds = entry["rounds"]
+  torch.set_num_threads(threads)
+  assert max(entry["agreement"].values()) < updates.TOLERANCE and min(entry["flops"].values()) > 1e6
+  assert f"| `{name}` |" in page.read_text() and "2, too few" in page.read_text()
 
 
 def test_the_page_is_that_of_its_numbers():

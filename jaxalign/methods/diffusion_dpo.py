@@ -38,24 +38,23 @@ class Config(preference.PairConfig):
     if self.beta == 0:
       raise UserError("method.beta=0.0 leaves no preference to learn; it is above 0")
 
-  def objective(self, error, reference, label):
-    return dpo_loss(error[:, 0], error[:, 1], reference[:, 0], reference[:, 1], label,
-                    beta=self.beta)
+  def objective(self, error, change, label):
+    total, metrics = dpo_loss(change[:, 0], change[:, 1], label, beta=self.beta)
+    reference = (error - change).mean(0)
+    return total, {"train/ref_error_w": reference[0], "train/ref_error_l": reference[1], **metrics}
 
 
-def dpo_loss(error_w, error_l, ref_w, ref_l, label, *, beta: float):
-  """Diffusion-DPO's loss from denoising errors.
+def dpo_loss(change_w, change_l, label, *, beta: float):
+  """Diffusion-DPO's loss from how denoising errors differ from the reference's.
 
   Args:
-    error_w, error_l: `[B]` f32, mean squared errors of preferred and rejected image, same t and
-      noise for both. ref_w, ref_l: those of the reference.
+    change_w, change_l: `[B]` f32, mean squared errors of preferred and rejected image less those of
+      the reference, same t and noise for all.
     label: `[B]` f32, 1, or 0.5 for a tie.
     beta: per mean squared error.
   Returns:
     Scalar loss (log 2 at the reference) and metrics.
   Reference: equation 14 with a constant weight, T absorbed into beta.
   """
-  logit = -0.5 * beta * ((error_w - error_l) - (ref_w - ref_l))
-  return binary_cross_entropy(logit, label).mean(), {
-      "train/ref_error_w": ref_w.mean(), "train/ref_error_l": ref_l.mean(),
-      **margin_metrics(logit, label)}
+  logit = -0.5 * beta * (change_w - change_l)
+  return binary_cross_entropy(logit, label).mean(), margin_metrics(logit, label)

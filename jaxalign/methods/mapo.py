@@ -49,7 +49,7 @@ class Config(preference.PairConfig):
       if getattr(self, key) == 0:
         raise UserError(f"method.{key}=0.0 leaves no preference to learn; it is above 0")
 
-  def objective(self, error, reference, label):
+  def objective(self, error, change, label):
     return mapo_loss(error[:, 0], error[:, 1], label, cfg=self)
 
 

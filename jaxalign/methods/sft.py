@@ -15,5 +15,5 @@ make = preference.make
 class Config(preference.Config):
   """Keys of the `method` group; see `preference.Config`."""
 
-  def objective(self, error, reference, label):
+  def objective(self, error, change, label):
     return error.mean(), {}

@@ -34,17 +34,17 @@ class Config:
 
   reads_pairs = True
   images = 1                # of each pair that the method looks at: one, or both
-  reads_reference = False   # whether `objective` is given the errors of the base model
+  reads_reference = False   # whether `objective` is given how errors differ from the base model's
 
   def __post_init__(self):
     check("method", self)
 
-  def objective(self, error, reference, label):
+  def objective(self, error, change, label):
     """The loss, a scalar, and metrics.
 
     Args:
       error: `[B, images]` f32, mean squared errors, the preferred image first; same t for both.
-      reference: those of the base model, or None.
+      change: these less those of the base model, or None.
       label: `[B]` f32, 1, or 0.5 for a tie.
     """
     raise NotImplementedError
@@ -104,8 +104,8 @@ def draw(models: Models, cfg: Config, batch, key) -> dict:
           "origin": origin, "t": fold(2, models.schedule.draw_t)}
 
 
-def denoising_errors(models: Models, variables, rows):
-  """Mean squared errors `[B, K]` f32 of the network against its own kind of target.
+def outputs(models: Models, variables, rows):
+  """What the network makes of all noised images `[B K, ...]` f32, and what it should.
 
   The images of a pair lie side by side, so that a sharded batch keeps them on one device.
   """
@@ -119,8 +119,18 @@ def denoising_errors(models: Models, variables, rows):
   cond = jax.tree.map(each, rows["cond"])
   cond = models.with_origin(cond, flat(rows["origin"]))     # of the image, caption or none
   prediction = models.denoise(variables, x_t, t, cond)
-  gap = prediction.astype(jnp.float32) - schedule.target(latents, noise, t)
-  return jnp.square(gap).mean(tuple(range(1, gap.ndim))).reshape(-1, images)
+  return prediction.astype(jnp.float32), schedule.target(latents, noise, t)
+
+
+def _of_pairs(a, rows):
+  """`[B K, ...]` -> its means `[B, K]`."""
+  return a.mean(tuple(range(1, a.ndim))).reshape(rows["latents"].shape[:2])
+
+
+def denoising_errors(models: Models, variables, rows):
+  """Mean squared errors `[B, K]` f32 of the network against its own kind of target."""
+  output, target = outputs(models, variables, rows)
+  return _of_pairs(jnp.square(output - target), rows)
 
 
 def loss(models: Models, cfg: Config, policy, frozen, rows):
@@ -129,12 +139,14 @@ def loss(models: Models, cfg: Config, policy, frozen, rows):
   Args:
     rows: as `draw` returns them.
   """
-  error = denoising_errors(models, models.combine(policy, frozen["base"]), rows)
-  reference = None
+  output, target = outputs(models, models.combine(policy, frozen["base"]), rows)
+  error, change = _of_pairs(jnp.square(output - target), rows), None
   if cfg.reads_reference:
-    reference = jax.lax.stop_gradient(
-        denoising_errors(models, models.combine(None, frozen["base"]), rows))
-  total, metrics = cfg.objective(error, reference, rows["label"])
+    reference, _ = outputs(models, models.combine(None, frozen["base"]), rows)
+    reference = jax.lax.stop_gradient(reference)
+    # A difference of two means would lose the digits that a beta of 5000 needs.
+    change = _of_pairs((output - reference) * (output + reference - 2 * target), rows)
+  total, metrics = cfg.objective(error, change, rows["label"])
   named = {f"train/error_{side}": column.mean() for side, column in zip("wl", error.T)}
   return total, {"loss/total": total, **named, **metrics}
 
