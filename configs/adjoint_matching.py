@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/adjoint_matching.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward scene_clip (default); not measured
+  emoji    the embedded model, reward soft_style_3d (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px: all weights trained, 50 steps and the optimiser as
@@ -24,6 +24,7 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   if size in recipes.EMBEDDED:
     recipes.make_embedded(config, size)
+    config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.sample.batch = 16
     config.method.perturbations, config.method.perturb_std = 2, 0.8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 16

@@ -15,14 +15,14 @@ Arguments after a colon:
            optimiser steps an update, clip range 1e-4, advantages by the mean of the group. Unlike
            there, the spread is the group's, no KL is added, and the unconditional branch has a
            gradient; not measured. Give --config.model.path and --config.reward.names
-  scene_clip    on the embedded models, the reward of configs/nabla_gfn.py, used as a black box
+  style    on the embedded model, the reward of configs/nabla_gfn.py, used as a black box
 """
 from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
   size, words = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), ("scene_clip",))
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), ("style",))
   config = recipes.default("ddpo", "ddpo:" + (arg or "emoji"))
   if size in recipes.EMBEDDED:
     recipes.make_embedded(config, size)
@@ -36,7 +36,9 @@ def get_config(arg="emoji"):
     config.method.step_weights = "even"
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 1e-3, 4, 118
-    if not words:
+    if words:
+      config.reward.names = ("soft_style_3d",)
+    else:
       config.reward.names = ("scene",)
       config.train.patience = 0                 # the judge is reported, and stops nothing
       config.optim.lr = 5e-4

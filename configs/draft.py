@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/draft.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward scene_clip, gradients through the last 5 of 20 steps
+  emoji    the embedded model, reward soft_style_3d, gradients through the last 5 of 20 steps
            (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
@@ -26,6 +26,7 @@ def get_config(arg="emoji"):
   config = recipes.default("draft", "draft:" + (arg or "emoji"))
   if size in recipes.EMBEDDED:
     recipes.make_embedded(config, size)
+    config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.method.backprop_steps = 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32

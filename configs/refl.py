@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/refl.py
 
 Arguments after a colon:
-  emoji    the embedded model, reward scene_clip (default); not measured
+  emoji    the embedded model, reward soft_style_3d (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, all weights of the UNet trained; not
@@ -21,6 +21,7 @@ def get_config(arg="emoji"):
   config = recipes.default("refl", "refl:" + (arg or "emoji"))
   if size in recipes.EMBEDDED:
     recipes.make_embedded(config, size)
+    config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
   elif size in recipes.SMOKE:

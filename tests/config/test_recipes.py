@@ -42,7 +42,7 @@ OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "das": DAS_PR
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "quick", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
-  "ddpo:emoji", "ddpo:scene_clip", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
+  "ddpo:emoji", "ddpo:style", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
