@@ -4,6 +4,7 @@
 
 reads the held-out pictures of finished runs on an embedded model. With `--artwork` they are read by
 rule, which no run can have optimised; without, by the classifier behind the reward `scene`.
+`--style=3d` asks for that style where a prompt names none: what the reward `style_3d` wants.
 
 GenEval: Ghosh et al. 2023, arXiv 2310.11513.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from jaxalign import metrics
 from jaxalign.config.command import exit_status
 from jaxalign.emoji import checks, crops, quality, scenes
+from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.reader import PARTS, Reader, check
 from jaxalign.errors import UserError
 from jaxalign.train.evaluation import Samples
@@ -52,14 +54,15 @@ def by_classifier():
   return read
 
 
-def shares(images, prompts: list[str], read) -> dict[str, dict]:
+def shares(images, prompts: list[str], read, style: str = "") -> dict[str, dict]:
   """Clustered mean of each of `COLUMNS` that any prompt has.
 
   Args:
     images: `[P, K, 64, 64, 3]` uint8, K pictures of each prompt.
     read: what `by_rule` and `by_classifier` give.
+    style: asked of pictures whose prompt names none.
   """
-  asked = list(map(scenes.parse, prompts))
+  asked = [scene._replace(style=scene.style or style) for scene in map(scenes.parse, prompts)]
   samples = images.shape[1]
   flat = images.reshape(-1, *images.shape[2:]).astype(np.float32) / 255
   found = read(flat, [scene for scene in asked for _ in range(samples)])
@@ -75,7 +78,7 @@ def shares(images, prompts: list[str], read) -> dict[str, dict]:
   return out
 
 
-def read_run(folder: pathlib.Path, read) -> list[tuple[str, dict]]:
+def read_run(folder: pathlib.Path, read, style: str = "") -> list[tuple[str, dict]]:
   """Rows of the table: the base model and the tuned one.
 
   Raises:
@@ -94,7 +97,7 @@ def read_run(folder: pathlib.Path, read) -> list[tuple[str, dict]]:
     raise UserError(f"--runs: {folder}: its pictures are not of {scenes.SIZE} pixels")
   label = f"`{config['recipe']}`, seed {config['seed']}"
   return [(label if name == "tuned" else f"{config['model']['path']}",
-           shares(images, prompts, read)) for name, images in pictures.items()]
+           shares(images, prompts, read, style)) for name, images in pictures.items()]
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
@@ -114,9 +117,11 @@ def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--runs", required=True, help="folders of finished runs, comma between")
   parser.add_argument("--artwork", help="what `python -m jaxalign.emoji.artwork` writes")
+  parser.add_argument("--style", choices=STYLES, default="", help="asked where prompts name none")
   args = parser.parse_args(argv)
   read = by_rule(quality.world(args.artwork)) if args.artwork else by_classifier()
-  print(table([row for run in args.runs.split(",") for row in read_run(pathlib.Path(run), read)]))
+  print(table([row for run in args.runs.split(",")
+               for row in read_run(pathlib.Path(run), read, args.style)]))
 
 
 if __name__ == "__main__":

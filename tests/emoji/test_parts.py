@@ -34,6 +34,9 @@ def test_what_is_right_and_what_is_not(read):
   assert 0.5 <= found["overall"]["mean"] < 0.6 and found["colour"]["mean"] < 1
   alone = parts.shares(pictures[:1, None], prompts[:1], read)    # has no standard error
   assert parts.table([("one", alone)]).endswith("| 100 |")
+  plain = [scenes.caption(scenes.parse(prompt)._replace(style="")) for prompt in prompts]
+  in_style = parts.shares(pictures[:, None], plain, read, "3d")["style"]
+  assert "style" not in parts.shares(pictures[:, None], plain, read) and 0 < in_style["mean"] < 1
   assert found["single"]["n"] == 12 and found["place"]["n"] == 12
 
 
