@@ -36,7 +36,7 @@ from jaxalign.config import recipes
 from jaxalign.convert import lora_names, names, save_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import rng, sharding
-from jaxalign.emoji.scorers import emoji_clip
+from jaxalign.emoji.scorers import scene_clip
 from jaxalign.errors import UserError
 from jaxalign.methods import nabla_gfn
 from jaxalign.methods.shared import noise, policy_gradient, preference
@@ -75,7 +75,7 @@ def settings(name: str, model: str):
   small = model in recipes.SMOKE
   cfg = recipes.load_recipe(f"jaxalign:{'nabla_gfn' if name in PARTS else name}"
                             f":{model if small else 'emoji'}{',one' if name == 'draft' else ''}")
-  cfg.model.path, cfg.reward.names, cfg.reward.weights = model, ("emoji_clip",), (1.0,)
+  cfg.model.path, cfg.reward.names, cfg.reward.weights = model, ("scene_clip",), (1.0,)
   cfg.data.prompts, cfg.data.pairs = "jaxalign:emoji_train", ""
   if name in ("mapo", "diffusion_dpo"):
     cfg.data.pairs = "jaxalign:emoji"                     # the captions; latents are random
@@ -357,8 +357,8 @@ class Theirs:
           tree["text"] = np.pad(tree["text"], zeros)
     for tree in (cond, uncond):
       tree.pop("key_bias", None)
-    scorer = emoji_clip()
-    config = json.loads((ASSETS / "emoji_clip" / "config.json").read_text())["model"]
+    scorer = scene_clip()
+    config = json.loads((ASSETS / "scene_clip" / "config.json").read_text())["model"]
     state = {names.torch_name(path): torch.tensor(names.to_torch(path, a)) for path, a in _flat(
         scorer.params["vision"])}
     nets = torch_updates.Networks(
@@ -424,7 +424,7 @@ def _flat(tree):
 
 
 def _embed_text(scorer, ids):
-  config = json.loads((ASSETS / "emoji_clip" / "config.json").read_text())["model"]
+  config = json.loads((ASSETS / "scene_clip" / "config.json").read_text())["model"]
   tower = CLIPTextModelWithProjection.from_config(config["text_config"])
   embed = jax.jit(lambda params, ids: unit(tower.apply({"params": params}, ids).projected))
   return np.asarray(embed(scorer.params["text"], ids))

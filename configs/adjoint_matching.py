@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/adjoint_matching.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip (default); not measured
+  emoji    the embedded model, reward soft_style_3d (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px: all weights trained, 50 steps and the optimiser as
@@ -17,11 +17,14 @@ from jaxalign.methods.adjoint_matching import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("adjoint_matching", "adjoint_matching:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
+    config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.sample.batch = 16
     config.method.perturbations, config.method.perturb_std = 2, 0.8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 16
@@ -37,7 +40,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.clip_norm = 3e-6, 0.95, 0.0
     config.optim.warmup, config.optim.accumulate = 20, 4
     config.train.steps, config.train.checkpoint_every, config.eval.every = 1000, 50, 50
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 16
     if size == "sd35":
       recipes.make_sd35(config)

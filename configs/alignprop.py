@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/alignprop.py
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_clip (default), see docs/results.md
+  emoji    the embedded model, reward soft_style_3d (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x and an aesthetic score that aims at 10; not
@@ -16,16 +16,18 @@ from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"))
+  size, _ = recipes.split_argument(arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"))
   config = recipes.default("alignprop", "alignprop:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
+    config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
   elif size in recipes.SMOKE:
     recipes.make_smoke(config, size)
   else:
     config.model.path = ""                  # --config.model.path=DIR
-    config.train.patience = 0               # the judge knows emoji only
+    config.train.patience = 0               # the judge knows emoji scenes only
     config.model.lora_rank, config.model.remat = 4, "block"
     config.method.truncation = "per_step"
     config.method.objective, config.method.target, config.method.weight = "absolute", 10.0, 0.01

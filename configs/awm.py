@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/awm.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip as a black box (default); not measured
+  emoji    the embedded model, reward scene_clip as a black box (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, settings ours, for want of published ones; not measured.
@@ -18,7 +18,8 @@ from jaxalign.methods.awm import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("awm", "awm:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])

@@ -5,7 +5,7 @@
       --config.reward.names="('clip_score:DIR',)"
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, yes/no reward emoji_styled (default), see docs/results.md
+  emoji    the embedded model, yes/no reward scene (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
@@ -19,12 +19,12 @@ from jaxalign.methods.b2_diffurl import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
-  if size == "emoji":
-    config.reward.names = ("emoji_styled",)
-    config.data.prompts, config.data.eval_prompts = (
-        "jaxalign:emoji_styles_train", "jaxalign:emoji_styles_heldout")
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
+    config.reward.names = ("scene",)
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.interval_stages = 8, 60
     # As in ddpo.py: with uniform weights the last steps' densities drown what decides the image.
@@ -47,7 +47,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.weight_decay = 1e-4, 0.999, 1e-4
     config.optim.accumulate = 4
     config.train.steps, config.train.checkpoint_every, config.eval.every = 800, 40, 80
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 16
     if size == "sd35":
       recipes.make_sd35(config)
@@ -58,5 +58,5 @@ def get_config(arg="emoji"):
   elif config.sample.batch % config.method.group:
     config.sample.batch = 32 * config.method.group    # a preset's group: as many roots as :sd15
   # Clip ranges are per latent element; the method's and the presets' are for 64x64x4.
-  config.method.clip_range *= {"sd15": 1, "sd35": 16384 / 65536}.get(size, 16384 / 256)
+  config.method.clip_range *= 16384 / recipes.LATENTS[size]
   return config

@@ -7,7 +7,7 @@ The images are those of configs/dno.py, and N is set so that the denoiser is cal
 samples for each update of that recipe, and three for its last score.
 
 Arguments after a colon:
-  emoji    the embedded model, reward emoji_style (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four
            candidates, for tests
   sd15, sdxl, sd35    beside those of configs/dno.py; not measured here. Give --config.model.path
@@ -17,10 +17,11 @@ from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"))
+  size, _ = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"))
   config = recipes.default("best_of_n", "best_of_n:" + (arg or "emoji"))
   recipes.make_at_inference(config, size)
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
     config.train.steps, config.train.checkpoint_every = 3 * (20 + 1) - 1, 21
   elif size not in recipes.SMOKE:
     config.train.steps, config.train.checkpoint_every = 3 * (100 + 1) - 1, 100

@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/das.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, 48 images of four particles, reward emoji_style (default); not
+  emoji    the embedded model, 48 images of four particles, reward scene_clip (default); not
            measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four steps,
            for tests
@@ -18,7 +18,8 @@ from jaxalign.methods.das import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("das", "das:" + (arg or "emoji"))
   recipes.make_at_inference(config, size)
   if size in ("sd15", "sd35"):

@@ -4,8 +4,7 @@
   python -m jaxalign.launch --config=configs/ddpo.py:sd15 --config.model.path=DIR
 
 Arguments after a colon:
-  emoji    the embedded model, yes/no reward emoji_styled (default), see docs/results.md
-  emoji_clip    the same for the reward and prompts of configs/nabla_gfn.py, used as a black box
+  emoji    the embedded model, yes/no reward scene (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
@@ -16,29 +15,31 @@ Arguments after a colon:
            optimiser steps an update, clip range 1e-4, advantages by the mean of the group. Unlike
            there, the spread is the group's, no KL is added, and the unconditional branch has a
            gradient; not measured. Give --config.model.path and --config.reward.names
+  style    on the embedded model, the reward of configs/nabla_gfn.py, used as a black box
 """
 from jaxalign.config import recipes
 
 
 def get_config(arg="emoji"):
-  size, _ = recipes.split_argument(arg, ("emoji", "emoji_clip", *recipes.SMOKE, "sd15", "sdxl",
-                                         "sd35"))
+  size, words = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), ("style",))
   config = recipes.default("ddpo", "ddpo:" + (arg or "emoji"))
-  if size in ("emoji", "emoji_clip"):
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.min_count = 4, 4
     config.method.minibatches = 2
-    config.method.clip_range = 6.4e-3           # 1.6 nats a step in 256 latent elements
-    # With uniform weights the densities of the last steps drown what decides the image: the reward
-    # then rises a third as far.
+    config.method.clip_range = 1.6e-3           # 1.6 nats a step in 1,024 latent elements
+    # With uniform weights the densities of the last steps drown what decides the image: in the
+    # first world (docs/first_world) the reward then rises a third as far.
     config.method.step_weights = "even"
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 1e-3, 4, 118
-    if size == "emoji":
-      config.reward.names = ("emoji_styled",)
-      config.data.prompts, config.data.eval_prompts = (
-          "jaxalign:emoji_styles_train", "jaxalign:emoji_styles_heldout")
+    if words:
+      config.reward.names = ("soft_style_3d",)
+    else:
+      config.reward.names = ("scene",)
       config.train.patience = 0                 # the judge is reported, and stops nothing
       config.optim.lr = 5e-4
   elif size in recipes.SMOKE:
@@ -57,7 +58,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.weight_decay = 3e-4, 0.999, 1e-4
     config.optim.accumulate = 8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 200, 20, 20
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 16
     if size == "sdxl":
       config.model.dtype, config.model.remat = "bfloat16", "block"

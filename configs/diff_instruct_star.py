@@ -4,7 +4,7 @@
 
 Arguments after a colon, joined by commas:
   emoji    the shipped generator, distilled from the embedded model by
-           configs/distill_emoji_onestep.py; reward emoji_clip (default); see docs/results.md
+           configs/distill_emoji_onestep.py; reward scene_clip (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sdxl     a one-step SDXL generator (DMD2), told timestep 399, with SDXL as teacher; the published
@@ -45,7 +45,7 @@ def get_config(arg="emoji"):
     config.method.assistant_lr = 1e-4
     config.optim.lr = 1e-5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 5000, 250, 250
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 16
   elif size == "sd35":
     config.model.teacher = ""                   # as model.path; model.unet=FILE

@@ -5,8 +5,8 @@
       --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
 
 Arguments after a colon:
-  emoji    the embedded model on shipped pairs, Twemoji's drawing preferred to Noto's (default), see
-           docs/results.md
+  emoji    the embedded model on shipped pairs, 3-D drawings preferred to flat ones (default);
+           not measured
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
@@ -28,9 +28,9 @@ from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
 def get_config(arg="emoji"):
   size, _ = recipes.split_argument(arg, PAIR_SIZES)
   config = recipes.default("diffusion_dpo", "diffusion_dpo:" + (arg or "emoji"))
-  if size == "emoji" or size in MISMATCH:
+  if size in recipes.EMBEDDED or size in MISMATCH:
     make_pairs(config, size)
-    # 2000 scaled from 16384 latent elements to 256 is 31, which lets the judge fall by 0.14.
+    # 2000 scaled from 16384 latent elements to 1024 is 125.
     config.method.beta = 200.0
     config.optim.lr = 4e-4
   elif size in recipes.SMOKE:

@@ -9,8 +9,8 @@ The images are those of the evaluation: `eval.samples` of each of the first `eva
 `data.eval_prompts`; `data.prompts` is not read.
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_style, and the best of N at the same cost beside it
-           (default), see docs/results.md
+  emoji    the embedded model, reward scene_clip, and the best of N at the same cost beside it
+           (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x on 45 animals; not measured here. Give
@@ -26,11 +26,11 @@ from jaxalign.methods.dno import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("dno", "dno:" + (arg or "emoji"))
   config.optim.b2 = 0.999
   recipes.make_at_inference(config, size)
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
     config.train.steps, config.train.checkpoint_every, config.eval.every = 20, 10, 10
     config.optim.lr = 1e-1
     config.method.rival, config.method.remat = True, "none"

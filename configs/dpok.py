@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/dpok.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip as a black box (default); not measured
+  emoji    the embedded model, reward scene_clip as a black box (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px: sampler, adapter and rate as published, batches ours (no
@@ -18,9 +18,11 @@ from jaxalign.methods.dpok import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("dpok", "dpok:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     # As in ddpo.py.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.step_weights = "even"
@@ -34,7 +36,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.clip_norm = 1e-5, 0.999, 0.1
     config.optim.accumulate = 4
     config.train.steps, config.train.checkpoint_every, config.eval.every = 1000, 50, 50
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 16
     if size == "sd35":
       recipes.make_sd35(config)
@@ -42,5 +44,5 @@ def get_config(arg="emoji"):
   for preset in presets:
     config.method.update(PRESETS[preset])
   # Clip ranges are per latent element: 1.6 nats a step; the published one is for 64x64x4.
-  config.method.clip_range = 1e-4 * {"sd15": 1, "sd35": 16384 / 65536}.get(size, 16384 / 256)
+  config.method.clip_range = 1e-4 * 16384 / recipes.LATENTS[size]
   return config

@@ -3,8 +3,8 @@
   python -m jaxalign.launch --config=configs/draft.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, reward emoji_clip, gradients through the last 5 of 20 steps
-           (default), see docs/results.md
+  emoji    the embedded model, reward soft_style_3d, gradients through the last 5 of 20 steps
+           (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give
@@ -22,9 +22,11 @@ from jaxalign.methods.draft import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, ("emoji", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("draft", "draft:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
+    config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.method.backprop_steps = 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
@@ -33,7 +35,7 @@ def get_config(arg="emoji"):
     config.method.backprop_steps = 2       # of its four steps
   else:
     config.model.path = ""                  # --config.model.path=DIR
-    config.train.patience = 0               # the judge knows emoji only
+    config.train.patience = 0               # the judge knows emoji scenes only
     config.model.lora_rank, config.model.remat = 8, "block"
     if size == "sdxl":
       config.model.dtype = "bfloat16"

@@ -3,7 +3,7 @@
   python -m jaxalign.launch --config=configs/fk_steering.py
 
 Arguments after a colon, separated by commas:
-  emoji    the embedded model, 48 images of eight particles, reward emoji_style (default); not
+  emoji    the embedded model, 48 images of eight particles, reward scene_clip (default); not
            measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three points,
            for tests
@@ -18,12 +18,13 @@ from jaxalign.methods.fk_steering import PRESETS
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("fk_steering", "fk_steering:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
   recipes.make_at_inference(config, size)
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
     config.method.particles = 8
   elif size in recipes.SMOKE:
     config.method.points = 2                    # of its four steps

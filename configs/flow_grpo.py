@@ -4,7 +4,7 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, a UNet, on which `ddim` with eta 1 has the part of the SDE; reward
-           emoji_clip as a black box (default); not measured
+           scene_clip as a black box (default); not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, settings ours; not measured. Give --config.model.path and
@@ -24,9 +24,11 @@ SAMPLERS = {"flow_grpo_fast": ("cps", 0.8, 10), "dance": ("dance_sde", 0.3, 16),
 
 
 def get_config(arg="emoji"):
-  size, presets = recipes.split_argument(arg, ("emoji", *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+  size, presets = recipes.split_argument(
+      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("flow_grpo", "flow_grpo:" + (arg or "emoji"))
-  if size == "emoji":
+  if size in recipes.EMBEDDED:
+    recipes.make_embedded(config, size)
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.step_weights = "even"           # as in ddpo.py
     config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
@@ -40,7 +42,7 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.b2, config.optim.weight_decay = 3e-4, 0.999, 1e-4
     config.optim.accumulate = 8
     config.train.steps, config.train.checkpoint_every, config.eval.every = 200, 20, 20
-    config.train.patience = 0                   # the judge knows emoji only
+    config.train.patience = 0                   # the judge knows emoji scenes only
     config.eval.batch = 16
     if size == "sd35":
       recipes.make_sd35(config)
@@ -56,5 +58,5 @@ def get_config(arg="emoji"):
   for preset in presets:
     config.method.update(PRESETS[preset])
   # Clip ranges are per latent element; the published ones are for 64x64x16.
-  config.method.clip_range *= {"sd15": 65536 / 16384, "sd35": 1}.get(size, 65536 / 256)
+  config.method.clip_range *= 65536 / recipes.LATENTS[size]
   return config

@@ -5,8 +5,7 @@
       --config.data.pairs=DIR --config.data.prompts=FILE --config.data.eval_prompts=FILE
 
 Arguments after a colon:
-  emoji    the embedded model on Twemoji's drawings of the shipped pairs (default), see
-           docs/results.md
+  emoji    the embedded model on the 3-D drawings of the shipped pairs (default); not measured
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
@@ -25,7 +24,7 @@ from jaxalign.emoji.recipes import MISMATCH, PAIR_SIZES, make_pairs
 def get_config(arg="emoji"):
   size, _ = recipes.split_argument(arg, PAIR_SIZES)
   config = recipes.default("sft", "sft:" + (arg or "emoji"))
-  if size == "emoji" or size in MISMATCH:
+  if size in recipes.EMBEDDED or size in MISMATCH:
     make_pairs(config, size)
     config.sample.batch = 64                # as many images per update as the others have
     config.optim.lr = 2e-3

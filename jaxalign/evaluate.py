@@ -26,7 +26,7 @@ _SAMPLES = _FLAGS.define("integer", "samples", 8, "Images per prompt.", lower_bo
 _REWARD = _FLAGS.define("multi_string", "reward", None, "A reward, as in reward.names; once for "
                         "each of several, which are summed. Those of the run by default.")
 _JUDGE = _FLAGS.define("string", "judge", None, "Held-out scorer, whose features measure "
-                       "diversity; that of the run, else emoji_judge.")
+                       "diversity; that of the run, else scene_judge.")
 _SEED = _FLAGS.define_seed("Of the noise.")
 _STEPS = _FLAGS.define("integer", "steps", None,
                         "Denoising steps; those of the run, else 20 (28 on a flow).")

@@ -164,7 +164,7 @@ def test_commands_can_be_imported_together():
     (launch_args(**{"model.path": "jaxalign:emojis"}), ["model.path=jaxalign:emojis"]),
     (launch_args(**{"data.prompts": "nowhere.txt"}), ["data.prompts=nowhere.txt"]),
     (launch_args(**{"data.eval_prompts": "jaxalign:none"}), ["data.eval_prompts=jaxalign:none"]),
-    (launch_args(**{"reward.names": "('emoji_clap',)"}), ["reward.names", "emoji_clap"]),
+    (launch_args(**{"reward.names": "('scene_clap',)"}), ["reward.names", "scene_clap"]),
     (launch_args(**{"reward.names": "('jpeg_compressibility',)"}), ["reward.names", "black-box"]),
     (launch_args(**{"reward.names": "('no/file.py:f',)"}), ["reward.names", "no/file.py"]),
     (launch_args(**{"eval.judge": "grayness"}), ["eval.judge='grayness'"]),

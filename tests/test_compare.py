@@ -9,7 +9,7 @@ from jaxalign.config import recipes
 from jaxalign.errors import UserError
 
 
-def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward="emoji_clip",
+def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward="scene_clip",
               model="jaxalign:emoji", pairs=""):
   """A finished run of 10 steps, evaluated every 5, whose reward rises linearly to `gain`."""
   folder.mkdir(parents=True)
@@ -36,7 +36,7 @@ def write_run(folder, recipe="ddpo:emoji", seed=0, gain=0.1, queries=64, reward=
 def test_page_holds_what_the_runs_measured(tmp_path):
   runs = [write_run(tmp_path / f"a{seed}", seed=seed, gain=0.1 + 0.02 * seed) for seed in range(3)]
   runs.append(write_run(tmp_path / "b", "nabla_gfn:emoji", gain=0.4, queries=32))
-  runs.append(write_run(tmp_path / "c", "mapo:emoji", reward="emoji_twemoji"))
+  runs.append(write_run(tmp_path / "c", "mapo:emoji", reward="style_3d"))
   output = tmp_path / "docs" / "results.md"
   compare._FLAGS(["compare", f"--runs={','.join(map(str, runs))}", f"--output={output}"])
   output.parent.mkdir()
@@ -66,17 +66,17 @@ def test_page_holds_what_the_runs_measured(tmp_path):
 
 def test_tasks_are_apart_by_base_model_and_pairs(tmp_path):
   task = lambda **options: compare.read_run(write_run(tmp_path / str(options), **options))["task"]
-  assert task() == "emoji_clip on jaxalign:held, from jaxalign:emoji"
-  assert task(model="elsewhere") == "emoji_clip on jaxalign:held, from elsewhere"
+  assert task() == "scene_clip on jaxalign:held, from jaxalign:emoji"
+  assert task(model="elsewhere") == "scene_clip on jaxalign:held, from elsewhere"
   pairs = write_run(tmp_path / "pairs", pairs="folder/r0.parquet")
-  assert compare.read_run(pairs)["task"] == task(reward="emoji_clip") + ", pairs r0"
+  assert compare.read_run(pairs)["task"] == task(reward="scene_clip") + ", pairs r0"
 
 
 def test_a_run_with_other_settings_is_no_seed_of_the_recipe(tmp_path):
   """Its row says what is different, but for the task and what only watches."""
   config = recipes.parse(recipes.load_recipe("jaxalign:ddpo:emoji")).to_dict()
   config["method"]["step_weights"], config["optim"]["lr"] = "uniform", 3e-3
-  config["eval"]["every"], config["reward"]["names"] = 7, ["emoji_clip"]
+  config["eval"]["every"], config["reward"]["names"] = 7, ["scene_clip"]
   run = write_run(tmp_path / "run")
   (run / "config.json").write_text(json.dumps({"config": config}))
   assert compare.read_run(run)["recipe"] == (

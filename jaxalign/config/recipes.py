@@ -56,7 +56,16 @@ def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, l
   return (chosen or [sizes[0]])[-1], [word for word in words if word in presets]
 
 
+EMBEDDED = ("emoji",)
 SMOKE = {"smoke": "jaxalign:fixture", "smoke_sd3": "jaxalign:fixture_sd3"}
+# Latent elements of a picture, of which densities and clip ranges are means.
+LATENTS = {**dict.fromkeys(EMBEDDED, 1024), **dict.fromkeys(SMOKE, 256), "sd15": 16384,
+           "sd35": 65536}
+
+
+def make_embedded(config: ml_collections.ConfigDict, size: str) -> None:
+  """The embedded model of this name."""
+  config.model.path = f"jaxalign:{size}"
 
 
 def make_smoke(config: ml_collections.ConfigDict, size: str = "smoke") -> None:
@@ -89,7 +98,7 @@ def make_sd35(config: ml_collections.ConfigDict) -> None:
   config.sample.steps, config.sample.guidance = 10, 4.5
   config.optim.lr, config.optim.b2, config.optim.weight_decay = 3e-4, 0.999, 1e-4
   config.optim.clip_norm, config.optim.warmup, config.optim.decay_steps = 1.0, 0, 0
-  config.train.patience = 0                 # the judge knows emoji only
+  config.train.patience = 0                 # the judge knows emoji scenes only
   config.eval.batch = 16
 
 
@@ -106,9 +115,10 @@ def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
   config.sample.batch, config.method.minibatches = 64, 2
   config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
   config.optim.lr, config.optim.warmup = 3e-4, 4
-  if size == "emoji":
+  if size in EMBEDDED:
+    make_embedded(config, size)
     return
-  config.train.patience, config.eval.batch = 0, 16          # the judge knows emoji only
+  config.train.patience, config.eval.batch = 0, 16          # the judge knows emoji scenes only
   if size == "sd35":
     make_sd35(config)
     config.sample.kind, config.sample.guidance, config.sample.batch = "dpm2", 1.0, 1152
@@ -123,9 +133,8 @@ def make_at_inference(config: ml_collections.ConfigDict, size: str) -> None:
   """Sizes of what trains no weight (DNO, best-of-N, particles): images of few prompts."""
   config.train.patience = 0                     # the judge is reported, and stops nothing
   config.eval.every = 0
-  if size == "emoji":
-    config.data.eval_prompts = "jaxalign:emoji_styles_heldout"
-    config.reward.names = ("emoji_style",)
+  if size in EMBEDDED:
+    make_embedded(config, size)
     config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
   elif size in SMOKE:
     make_smoke(config, size)
@@ -150,7 +159,7 @@ def make_pick_a_pic(config: ml_collections.ConfigDict) -> None:
   config.sample.steps, config.sample.guidance = 50, 7.5
   config.optim.b2, config.optim.weight_decay = 0.999, 1e-2
   config.train.steps, config.train.checkpoint_every, config.eval.every = 2000, 500, 500
-  config.train.patience = 0                 # the judge knows emoji only
+  config.train.patience = 0                 # the judge knows emoji scenes only
   config.eval.batch = 16
 
 

@@ -71,7 +71,7 @@ class RewardConfig:
       deviation within a prompt on the base model ("std"), or places among the samples of a prompt
       in the batch, -1 to 1 ("rank"; of the batch where it has one of each).
   """
-  names: tuple[str, ...] = ("emoji_clip",)
+  names: tuple[str, ...] = ("scene_clip",)
   weights: tuple[float, ...] = (1.0,)
   normalise: Literal["none", "std", "rank"] = "none"
 
@@ -286,7 +286,7 @@ class EvalConfig:
   watch_prompts: Count = 16
   watch_samples: Annotated[int, Range(2, MOST)] = 4
   batch: Count = 64
-  judge: str = "emoji_judge"
+  judge: str = "scene_judge"
   features: str = ""
   path_kl: bool = True
 

@@ -1,9 +1,10 @@
-"""The card of the embedded model: everything in it is measured or read from the runs.
+"""The card of an embedded model: everything in it is measured or read from the runs.
 
-  python -m jaxalign.emoji.card --drawings=FILE [--model=DIR] [--runs=VAE_RUN,MODEL_RUN]
+  python -m jaxalign.emoji.card --model=jaxalign/assets/emoji [--runs=VAE_RUN,MODEL_RUN]
 
-writes README.md, quality.json, samples.png and autoencoder.png into the model's folder. With
-`--runs`, what is said about training is read from these run folders and kept in training.json.
+writes README.md, quality.json, samples.png and, of the autoencoder, autoencoder.png into the
+model's folder. With `--runs`, what is said about training is read from these run folders and kept
+in training.json.
 """
 import argparse
 import json
@@ -11,83 +12,112 @@ import pathlib
 import string
 import sys
 
+import jax
 import numpy as np
 
 from jaxalign import viz
 from jaxalign.config.command import exit_status
+from jaxalign.config.places import ASSETS
 from jaxalign.convert import load_pipeline
 from jaxalign.devices import sharding
-from jaxalign.emoji import quality, scorer_quality
-from jaxalign.emoji.drawings import (
-  CORE_CATEGORIES,
-  VERSION,
-  Drawings,
-  colour_rgb,
-  composite,
-  load_drawings,
-)
-from jaxalign.emoji.scorers import ASSETS, emoji_clip, emoji_judge
+from jaxalign.emoji import checks, crops, quality, scenes
+from jaxalign.emoji.artwork import PACKAGES
+from jaxalign.emoji.reader import Reader, check
+from jaxalign.emoji.scorers import scene_clip, scene_judge
 from jaxalign.errors import UserError
 from jaxalign.models.vae import decode_images, encode_images
 
-IMAGES = 512
-TARGETS = {"colour": 0.9, "judge_20": 0.7, "noto": 0.2, "twemoji": 0.2}
+EACH = 171                 # of each of three kinds of scenes: 513 of those trained, and of new ones
+SHOWN = 96
+TITLES = {"emoji": "emoji: a small Stable Diffusion of emoji scenes",
+          "emoji_sd3": "emoji_sd3: a small Stable Diffusion 3 of emoji scenes"}
 WORDS = {
+    "named": "subject of a single drawing is first among all, by `scene_judge`",
+    "single": "single drawing: all that the caption says, but for the style",
+    "several": "two to four of a kind: the same",
+    "two": "two subjects: the same",
+    "two_subjects": "both of two subjects are there",
+    "number": "number of drawings is right",
+    "place": "place of two subjects is right",
     "colour": "background has the named colour",
-    "judge_20": "`emoji_judge` ranks the caption above 19 random ones",
-    "judge_20_names": "the same where the 19 differ in the name only",
-    "clip_20": "`emoji_clip` ranks the caption above 19 random ones",
-    "noto": "takes Noto's style, where the caption names none",
-    "twemoji": "takes Twemoji's style, where the caption names none",
+    "style": "all is in the named style",
 }
-SCORER_ROWS = ("retrieval_20_held_out", "retrieval_20_same_colour_held_out",
-               "retrieval_20_held_out_soft", "name_top1_held_out", "colour_12_held_out")
+# Name of a bar -> figure, group, lowest and highest share.
+BARS = (("named", "trained", 0.90, 1.0), ("colour", "trained", 0.99, 1.0),
+        ("style", "trained", 0.95, 1.0), ("several", "trained", 0.70, 1.0),
+        ("two", "trained", 0.70, 1.0), ("several", "new", 0.30, 0.70), ("two", "new", 0.30, 0.70))
+
+
+def figures(world: quality.World, asked, pictures, judge) -> dict[str, dict]:
+  """Shares of `WORDS` with their intervals; `pictures` `[n, 64, 64, 3]` of scenes `asked`."""
+  pictures = np.asarray(pictures)
+  out = quality.answers(asked, Reader(world.drawings, world.names)(pictures))
+  single = [i for i, scene in enumerate(asked) if scene.number == 1 and not scene.relation]
+  out["named"] = quality.choices(judge, pictures[single], [asked[i] for i in single], world.names,
+                                 "subjects")
+  return {name: quality.share(out[name]) for name in WORDS}
+
+
+def agreement(world: quality.World, asked, pictures) -> dict[str, float]:
+  """How far those who score pictures agree on them.
+
+  check_reader: share on which the reward `scene` and the rule say the same. clip_judge: correlation
+  of `scene_clip` and `scene_judge`, of both what a picture's own caption has over one of another
+  picture of the same kind.
+  """
+  captions = list(map(scenes.caption, asked))
+  whole = [all(parts.values()) for parts in map(
+      check, asked, Reader(world.drawings, world.names)(pictures))]
+  module, params = crops.shipped()
+  found = np.asarray(checks.answers(crops.see(module, params, pictures).decided(),
+                                    checks.asked(captions, world.names))["scene"])
+  shift = np.roll(np.arange(len(asked)).reshape(3, -1), 1, axis=1).ravel()
+  margins = []
+  for scorer in (scene_clip(), scene_judge()):
+    score = lambda texts: np.asarray(scorer.score(scorer.params, pictures, scorer.prepare(texts)))
+    margins.append(score(captions) - score([captions[i] for i in shift]))
+  return {"check_reader": float(((found > 0.5) == np.array(whole)).mean()),
+          "clip_judge": float(np.corrcoef(*margins)[0, 1])}
+
+
+def through_autoencoder(pipeline, pictures) -> np.ndarray:
+  """`[n, 64, 64, 3]` in [0, 1], encoded and decoded."""
+  vae, params = pipeline.vae, pipeline.params["vae"]
+  again = jax.jit(lambda images: decode_images(vae, params, encode_images(vae, params, images)))
+  return np.concatenate([np.asarray(again(pictures[i:i + 64]))
+                         for i in range(0, len(pictures), 64)])
 
 
 def save_samples(path: pathlib.Path, drawn, captions) -> None:
-  """The first 48 samples as a picture, four a row, with their captions."""
-  labels = [", ".join(c.removeprefix("a ").removesuffix(" background") for c in row)
-            for row in np.reshape(captions[:48], (12, 4))]
-  viz.save_grid(drawn[:48].reshape(12, 4, *drawn.shape[1:]), path, row_labels=labels, scale=3)
+  """`SHOWN` of the samples, kinds in turn, as a picture of six a row with their captions."""
+  order = np.arange(len(captions)).reshape(-1, EACH).T.ravel()[:SHOWN]
+  said = [captions[i].replace(" background", "") for i in order]
+  viz.save_grid(drawn[order].reshape(-1, 6, *drawn.shape[1:]), path, scale=2,
+                row_labels=["; ".join(said[i:i + 6]) for i in range(0, SHOWN, 6)])
 
 
-def measure(pipeline, drawings: Drawings, folder: pathlib.Path) -> dict:
+def measure(pipeline, world: quality.World, folder: pathlib.Path) -> dict:
   """Figures of model, autoencoder and scorers; draws the card's two pictures into `folder`."""
-  figures, drawn, captions = quality.measure(pipeline, drawings, IMAGES)
-  by_category = {}
-  judge = emoji_judge()
-  scores = np.asarray(judge.score(judge.params, drawn, judge.prepare(captions)))
-  names = list(map(str, drawings.names))
-  category = {name: str(c) for name, c in zip(names, drawings.categories)}
-  of = np.array([category[c.removeprefix("a ").split(" on a ")[0]] for c in captions])
-  for name in sorted(set(of)):
-    by_category[name] = {"judge_score": float(scores[of == name].mean()),
-                         "n": int((of == name).sum())}
-
-  generator = np.random.default_rng(1)
-  pairs = quality.trained_pairs(drawings)
-  chosen = [pairs[i] for i in generator.integers(len(pairs), size=IMAGES)]
-  vendor = generator.integers(2, size=IMAGES)
-  rows = [names.index(name) for name, _ in chosen]
-  real = composite(drawings.rgba[vendor, rows].astype(np.float32) / 255,
-                         np.stack([colour_rgb(colour) for _, colour in chosen]))
-  vae, params = pipeline.vae, pipeline.params["vae"]
-  again = np.concatenate([np.asarray(decode_images(vae, params, encode_images(
-      vae, params, real[i:i + 64]))) for i in range(0, IMAGES, 64)])
-  reconstruction = {**quality.reconstruction_error(real, again),
-                    **quality.score(again, chosen, drawings, generator)}
-
-  loaded = {reward.name: reward for reward in (emoji_clip(), emoji_judge())}
-  modules = {name: (scorer_quality.module_of(ASSETS / name), reward.params)
-             for name, reward in loaded.items()}
-  tables = scorer_quality.make_tables(drawings, pipeline.tokenizer)
-  result = {"images": IMAGES, "steps": quality.STEPS, "guidance": quality.GUIDANCE,
-            "model": figures, "by_category": by_category, "autoencoder": reconstruction,
-            "scorers": scorer_quality.evaluate(modules, tables, 1024)}
-  save_samples(folder / "samples.png", drawn, captions)
-  pair = np.stack([real[:32], again[:32]], 1).reshape(8, 8, *real.shape[1:])
-  viz.save_grid(pair, folder / "autoencoder.png", scale=3)
-  return result
+  judge, sheets, out, shown = scene_judge(), scenes.Sheets.of(world.drawings), {}, []
+  for name, table, seed in (("trained", world.trained, 1), ("new", world.held_out, 2)):
+    asked, drawn = quality.ask(table, world.names, EACH, jax.random.key(seed))
+    captions = list(map(scenes.caption, asked))
+    pictures = quality.draw(pipeline, captions, seed, f"drawing scenes ({name})")
+    out[name] = figures(world, asked, pictures, judge)
+    shown.append((captions, pictures, asked))
+    if name == "trained":
+      real = np.asarray(scenes.render(sheets, table, drawn))
+      again = through_autoencoder(pipeline, real)
+      out["real"] = figures(world, asked, again, judge)
+  mean_square = np.square(real - again).mean((1, 2, 3))
+  out["agreement"] = agreement(world, shown[0][2] + shown[1][2], np.concatenate(
+      [pictures for _, pictures, _ in shown]))
+  out |= {"images": 3 * EACH, "steps": quality.STEPS, "guidance": quality.GUIDANCE,
+          "decibels": float((-10 * np.log10(mean_square)).mean())}
+  save_samples(folder / "samples.png", shown[0][1], shown[0][0])
+  pair = np.stack([real[::EACH // 10][:30], again[::EACH // 10][:30]], 1)
+  viz.save_grid(pair.reshape(5, 12, *real.shape[1:]), folder / "autoencoder.png", scale=2)
+  return out
 
 
 def training_of(runs: list[pathlib.Path]) -> dict:
@@ -108,52 +138,50 @@ def training_of(runs: list[pathlib.Path]) -> dict:
   return out
 
 
-def card(result: dict, training: dict, pipeline) -> str:
+def percent(figure: dict) -> str:
+  """A share with its interval."""
+  return (f"{100 * figure['mean']:.1f} % ({100 * figure['low']:.1f} to "
+          f"{100 * figure['high']:.1f})")
+
+
+def bars(result: dict) -> str:
+  """Which of `BARS` are met, a line each."""
+  lines = []
+  for name, group, low, high in BARS:
+    value = result[group][name]["mean"]
+    asked = f"{100 * low:.0f} % or more" if high == 1 else f"{100 * low:.0f} to {100 * high:.0f} %"
+    lines.append(f"| {WORDS[name]} | {group} | {asked} | {percent(result[group][name])} | "
+                 f"{'met' if low <= value <= high else 'missed'} |")
+  return "\n".join(lines)
+
+
+def card(name: str, result: dict, training: dict, pipeline) -> str:
   """The text of README.md."""
-  percent = lambda f: f"{100 * f['mean']:.1f} % ({100 * f['low']:.1f} to {100 * f['high']:.1f})"
-  count = lambda name: f"{sum(a.size for a in _leaves(pipeline.params[name])):,}"
-  model = "\n".join(
-      f"| {WORDS[key]} | {percent(value)} | "
-      + (f"{100 * TARGETS[key]:.0f} %, {'met' if value['mean'] >= TARGETS[key] else 'missed'}"
-         if key in TARGETS else "") + f" | {percent(result['autoencoder'][key])} |"
-      for key, value in result["model"].items())
-  by_category = "\n".join(f"| {name} | {value['judge_score']:.3f} | {value['n']} |"
-                          for name, value in result["by_category"].items())
-  scorer_names = list(result["scorers"])
-  scorer_rows = "\n".join(
-      f"| `{row}` | " + " | ".join(f"{100 * result['scorers'][n][row]:.1f} %" for n in scorer_names)
-      + " |" for row in SCORER_ROWS)
-  either = result["scorers"][scorer_names[0]]
-  errors = (f"misses among 20 captions of one colour correlate {either['error_correlation']:.2f}"
-            if "error_correlation" in either else "one of them misses none")
-  weakest = min(result["by_category"], key=lambda n: result["by_category"][n]["judge_score"])
+  count = lambda tree: f"{sum(a.size for a in jax.tree.leaves(tree)):,}"
+  rows = "\n".join(f"| {words} | " + " | ".join(
+      percent(result[group][key]) for group in ("trained", "new", "real")) + " |"
+      for key, words in WORDS.items())
   made = "\n".join(
       f"- **{key}**: `python -m jaxalign.launch --config=jaxalign:{run['recipe']}`, seed "
-      f"{run['seed']}: {run['steps']:,} steps of {run['batch']} drawings, "
+      f"{run['seed']}: {run['steps']:,} steps of {run['batch']} pictures, "
       f"{run['seconds'] / 3600:.2f} hours of training on {run['device']}."
       for key, run in training.items())
-  reconstruction = result["autoencoder"]
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
+  text = {key: pipeline.params[key] for key in pipeline.text_encoders}
   return template.substitute(
+      title=TITLES[name], name=name, made=made, rows=rows, bars=bars(result), shown=SHOWN,
       images=result["images"], steps=result["steps"], guidance=f"{result['guidance']:g}",
-      version=VERSION, unet=count("unet"), vae=count("vae"),
-      text_encoder=count("text_encoder"), vocabulary=f"{pipeline.tokenizer.vocab_size:,}",
-      length=pipeline.tokenizer.length, prediction=pipeline.scheduler_config["prediction_type"],
-      made=made, model=model, by_category=by_category, weakest=weakest,
-      mean_error=f"{reconstruction['mean_absolute_error']:.4f}",
-      root_error=f"{reconstruction['root_mean_squared_error']:.4f}",
-      scorers=" | ".join(f"`{name}`" for name in scorer_names), scorer_rows=scorer_rows,
-      errors=errors, margins=f"{either['margin_correlation']:.2f}")
-
-
-def _leaves(tree):
-  for value in tree.values():
-    yield from _leaves(value) if isinstance(value, dict) else (value,)
+      packages=", ".join(f"`{package.spec}`" for package in PACKAGES.values()),
+      subjects=len(scenes.SUBJECTS), denoiser=count(pipeline.params[pipeline.denoiser_name]),
+      vae=count(pipeline.params["vae"]), text=count(text), decibels=f"{result['decibels']:.1f}",
+      check_reader=f"{100 * result['agreement']['check_reader']:.1f} %",
+      clip_judge=f"{result['agreement']['clip_judge']:.2f}")
 
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--drawings", required=True, help="emoji.npz of jaxalign.emoji.drawings")
+  parser.add_argument("--artwork", default="runs/drawings/artwork.npz",
+                      help="what `python -m jaxalign.emoji.artwork` writes")
   parser.add_argument("--model", type=pathlib.Path, default=ASSETS / "emoji", help="its folder")
   parser.add_argument("--runs", help="two run folders, comma between: autoencoder and model")
   args = parser.parse_args(argv)
@@ -164,11 +192,12 @@ def main(argv=None) -> None:
                                indent=2) + "\n")
   if not kept.exists():
     raise UserError(f"{kept}: missing; name the two run folders by --runs")
+  if args.model.name not in TITLES:
+    raise UserError(f"--model={args.model}: the card knows {', '.join(TITLES)}")
   pipeline = load_pipeline(args.model)
-  drawings = load_drawings(args.drawings).of(CORE_CATEGORIES)
-  result = measure(pipeline, drawings, args.model)
+  result = measure(pipeline, quality.world(args.artwork), args.model)
   (args.model / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
-  text = card(result, json.loads(kept.read_text()), pipeline)
+  text = card(args.model.name, result, json.loads(kept.read_text()), pipeline)
   (args.model / "README.md").write_text(text)
   print(text)
 

@@ -20,7 +20,9 @@ from jaxalign.emoji.reader import PARTS
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
 
-FLOOR = 1e-4               # a log-probability is that of (1 - FLOOR) p + FLOOR: it ends at -9.2
+# A log-probability is that of (1 - FLOOR) p + FLOOR. Lower, and rounding decides; higher, and a
+# picture that is plainly wrong has no gradient.
+FLOOR = 1e-6
 # Quarters of the first and of the second subject, for each of `scenes.RELATIONS`.
 _RELATED = (((0, 1), (2, 3)), ((1, 0), (3, 2)), ((0, 2), (1, 3)), ((2, 0), (3, 1)))
 
@@ -156,7 +158,8 @@ def _reward(part: str, soft: bool) -> Reward:
   return Reward(
       ("soft_" if soft else "") + part, params, functools.partial(_prepare, part),
       functools.partial(_score, module, part, soft),
-      "-9.3 to 0, log-probability" if soft else "0 to 1, share of parts" if share else "0 or 1",
+      f"{np.log(FLOOR):.1f} to 0, log-probability" if soft
+      else "0 to 1, share of parts" if share else "0 or 1",
       differentiable=soft)
 
 

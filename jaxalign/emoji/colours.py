@@ -1,13 +1,20 @@
-"""Rules about the background's colour, which captions of the embedded world name."""
+"""The flat backgrounds of the embedded world, and rules about the one that a caption names."""
 import re
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.emoji.drawings import COLOURS, RGB
 from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
 
+PALETTE = {  # sRGB, 0..255
+    "white": (255, 255, 255), "black": (20, 20, 20), "red": (214, 48, 49), "green": (0, 148, 80),
+    "blue": (9, 100, 227), "yellow": (253, 213, 70), "purple": (130, 80, 190),
+    "orange": (240, 130, 40), "pink": (250, 170, 200), "gray": (140, 140, 140),
+    "cyan": (90, 210, 220), "brown": (120, 80, 50),
+}
+COLOURS = tuple(PALETTE)
+RGB = np.array(list(PALETTE.values()), np.float32) / 255      # [12, 3] in [0, 1]
 _NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) background\b", re.IGNORECASE)
 
 

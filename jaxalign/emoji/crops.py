@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxalign.config.places import ASSETS
 from jaxalign.emoji import scenes
 from jaxalign.emoji.artwork import STYLES
-from jaxalign.emoji.scorers import ASSETS, read_network
+from jaxalign.emoji.scorers import read_network
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock
 
 SIZE = scenes.SIZE // 2

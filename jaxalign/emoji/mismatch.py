@@ -4,7 +4,7 @@
 
 Losers and winners, on captions of `emoji_train`:
 
-  r0  two samples of the model; `emoji_clip` votes, with the noise of a Bradley-Terry choice
+  r0  two samples of the model; `scene_clip` votes, with the noise of a Bradley-Terry choice
   r1  a sample with more guidance against one as usual: a near variant
   r2  a sample against one that was spoilt (blurred, noisy): what is rejected is off the model
   r3  a sample in shades of gray against the sample itself: what is preferred is off the model
@@ -24,12 +24,13 @@ from PIL import Image, ImageFilter
 
 from jaxalign import metrics
 from jaxalign.config.command import exit_status
+from jaxalign.config.places import ASSETS
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import read_prompts
 from jaxalign.devices import sharding
 from jaxalign.emoji import quality
 from jaxalign.emoji.recipes import MISMATCH
-from jaxalign.emoji.scorers import ASSETS, emoji_clip, emoji_judge
+from jaxalign.emoji.scorers import scene_clip, scene_judge
 from jaxalign.errors import UserError
 
 SHARPNESS = 2.0          # of a vote, in 1 / standard deviations of the reward's differences
@@ -63,7 +64,7 @@ def make_pairs(pipeline, captions: list[str], scenario: str, strength: float, se
   mix = lambda image, other: (1 - strength) * image + strength * other
   if scenario == "r0":
     other = quality.draw(pipeline, captions, seed + 1, "drawing others")
-    clip = emoji_clip()
+    clip = scene_clip()
     score = lambda x: np.asarray(clip.score(clip.params, x, clip.prepare(captions)))
     wins = vote(score(base), score(other), generator)[:, None, None, None]
     return np.where(wins, base, other), np.where(wins, other, base)
@@ -77,7 +78,7 @@ def make_pairs(pipeline, captions: list[str], scenario: str, strength: float, se
 def distances(pipeline, captions, sides: dict[str, np.ndarray], seed: int) -> dict[str, dict]:
   """Of each side from new samples of the model: mean feature distance (1 - cosine) within captions,
   and Frechet distance with its floor, the model's from itself."""
-  judge = emoji_judge()
+  judge = scene_judge()
   features = lambda x: np.asarray(judge.features(judge.params, x))
   fresh, again = (features(quality.draw(pipeline, captions, seed + k, "drawing a reference"))
                   for k in (2, 3))

@@ -1,5 +1,6 @@
-"""How good a model of emoji is: the figures of its card."""
+"""How good a model of scenes is: what is asked of it, and the figures of its card."""
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +8,13 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxalign.devices import sharding
-from jaxalign.emoji.colours import color_accuracy
-from jaxalign.emoji.drawings import COLOURS, STYLES, Drawings, caption, held_out
-from jaxalign.emoji.scorers import emoji_clip, emoji_judge
+from jaxalign.emoji import artwork, reader, scenes
+from jaxalign.emoji.artwork import STYLES
+from jaxalign.errors import UserError
 from jaxalign.models.pipeline import Pipeline
 from jaxalign.sampling import Conditioning, Schedule, guided_output, make_sampler, rollout
 
-STEPS, GUIDANCE, CHOICES = 20, 3.0, 20
+STEPS, GUIDANCE = 20, 3.0
 _BATCH = 64
 
 
@@ -60,11 +61,62 @@ def draw(pipeline: Pipeline, captions: list[str], seed: int = 0, label: str = "d
   return np.concatenate(images)[:len(captions)]
 
 
-def reconstruction_error(images, reconstructed) -> dict[str, float]:
-  """Mean absolute and root mean squared error of `[B, S, S, 3]` in [0, 1]."""
-  gap = np.asarray(images, np.float64) - np.asarray(reconstructed, np.float64)
-  return {"mean_absolute_error": float(np.abs(gap).mean()),
-          "root_mean_squared_error": float(np.sqrt((gap ** 2).mean()))}
+class World(NamedTuple):
+  """Subjects and their drawings, the scenes of training and those kept from it."""
+  names: list[str]
+  drawings: artwork.Artwork
+  trained: scenes.Table
+  held_out: scenes.Table
+
+
+def world(file, subjects: int = len(scenes.SUBJECTS)) -> World:
+  """The first `subjects` of the world, out of the file of drawings.
+
+  Of scenes that are kept from training, one thing is new: subject and colour of a single drawing,
+  subject and number of several, the ordered pair of two.
+  """
+  if subjects > len(scenes.SUBJECTS):
+    raise UserError(f"task.subjects={subjects}: there are {len(scenes.SUBJECTS)}")
+  codes = list(scenes.SUBJECTS)[:subjects]
+  drawings, names = artwork.load(file).of(codes), [scenes.SUBJECTS[code] for code in codes]
+  return World(names, drawings, *tables(names, scenes.contrast(drawings)))
+
+
+def tables(names, visible) -> tuple[scenes.Table, scenes.Table]:
+  """Scenes of training, and those that `world` keeps from it; `visible` as `scenes.contrast`."""
+  new = lambda scene: scenes.held_out(scene) == (
+      ("pair",) if scene.relation else ("number",) if scene.number > 1 else ("colour",))
+  return scenes.table(names, visible), scenes.table(names, visible, new)
+
+
+def ask(table: scenes.Table, names, each: int, key) -> tuple[list[scenes.Scene], scenes.Drawn]:
+  """`3 each` scenes to ask for: single, several and two, a style in every other one.
+
+  A kind that the table lacks is left out. Beside them the same scenes to be drawn.
+  """
+  parts = [scenes.draw(table, jax.random.fold_in(key, kind), each, np.eye(3)[kind])
+           for kind in range(3) if table.starts[kind + 1] > table.starts[kind]]
+  drawn = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+  said = [table.scene(int(row), int(colour), names, STYLES[int(style)] if i % 2 else "")
+          for i, (row, colour, style) in enumerate(zip(drawn.row, drawn.colour, drawn.style))]
+  return said, drawn
+
+
+def answers(asked, readings) -> dict[str, list[bool]]:
+  """Which scenes are read as asked for: by kind, and by what the caption says.
+
+  single, several, two: all that a caption of this kind says, but for the style. two_subjects: both
+  are there, wherever. number, place, colour, style: of the captions that say one.
+  """
+  found = [(scene, reader.check(scene, reading)) for scene, reading in zip(asked, readings)]
+  kinds = {"single": lambda s: not s.relation and s.number == 1,
+           "several": lambda s: s.number > 1, "two": lambda s: bool(s.relation)}
+  all_right = lambda parts: all(right for part, right in parts.items() if part != "style")
+  return {**{kind: [all_right(parts) for scene, parts in found if of(scene)]
+             for kind, of in kinds.items()},
+          "two_subjects": [parts["subjects"] for scene, parts in found if scene.relation],
+          **{part: [parts[part] for _, parts in found if part in parts]
+             for part in ("number", "place", "colour", "style")}}
 
 
 def share(right) -> dict[str, float]:
@@ -77,60 +129,30 @@ def share(right) -> dict[str, float]:
           "n": n}
 
 
-def trained_pairs(drawings: Drawings) -> list[tuple[str, str]]:
-  """All (name, colour) that training sees."""
-  return [(str(name), colour) for name in drawings.names for colour in COLOURS
-          if not held_out(str(name), colour)]
+def choices(judge, images, asked, names, part: str) -> np.ndarray:
+  """What a text-image scorer takes for the truth, `[B]` bool, of scenes that say `part`.
 
-
-def ranks_first(scorer, images, captions, wrong) -> np.ndarray:
-  """Whether each image's caption scores above all its wrong ones, `[B]` bool.
-
-  Args:
-    wrong: `[B][K]` captions.
+  It chooses among captions that differ in this part alone: "subjects", the (first) one among all;
+  "number" one to four; "place" the four relations; "style" the three artists.
   """
-  score = jax.jit(scorer.score)
-  of = lambda texts: np.asarray(score(scorer.params, images, scorer.prepare(texts)))
-  own = of(captions)
-  best = np.max([of([row[k] for row in wrong]) for k in range(len(wrong[0]))], 0)
-  return own > best
+  def variants(scene):
+    if part == "subjects":
+      own, rest = scene.subjects[0], scene.subjects[1:]
+      return [scene._replace(subjects=(name, *rest)) for name in (
+          own, *(name for name in names if name not in scene.subjects))]
+    if part == "number":
+      return [scene._replace(number=n) for n in (scene.number, *(
+          n for n in (1, 2, 3, 4) if n != scene.number))]
+    if part == "place":
+      return [scene._replace(relation=r) for r in (scene.relation, *(
+          r for r in scenes.RELATIONS if r != scene.relation))]
+    return [scene._replace(style=s) for s in (scene.style, *(
+        s for s in STYLES if s != scene.style))]
 
-
-def measure(pipeline: Pipeline, drawings: Drawings, images: int, seed: int = 0):
-  """Figures of a model on captions of trained name-colour pairs, without a style.
-
-  colour: the border has the named colour (`color_accuracy`).
-  judge_20, clip_20: the scorer ranks the image's caption above 19 random ones.
-  judge_20_names: the same where the wrong ones differ in the name only.
-  noto, twemoji: share the judge takes for each vendor's style.
-
-  Returns:
-    Figures with 95 % intervals, images `[n, S, S, 3]`, their captions.
-  """
-  generator = np.random.default_rng(seed)
-  pairs = trained_pairs(drawings)
-  chosen = [pairs[i] for i in generator.integers(len(pairs), size=images)]
-  captions = [caption(*pair) for pair in chosen]
-  drawn = draw(pipeline, captions, seed, "drawing samples")
-  return {**score(drawn, chosen, drawings, generator)}, drawn, captions
-
-
-def score(drawn, chosen, drawings: Drawings, generator) -> dict[str, dict]:
-  """The figures of `measure` for images `[n, S, S, 3]` of `chosen` (name, colour)."""
-  captions = [caption(*pair) for pair in chosen]
-  names = list(map(str, drawings.names))
-
-  def others(colour_of):
-    return [[caption(generator.choice([n for n in names if n != name]), colour_of(colour))
-             for _ in range(CHOICES - 1)] for name, colour in chosen]
-  anywhere = others(lambda _: str(generator.choice(COLOURS)))
-  same_colour = others(lambda colour: colour)
-  judge, clip, rule = emoji_judge(), emoji_clip(), color_accuracy()
-  vendor = np.asarray(judge.style(judge.params, drawn)).argmax(-1)
-  return {
-      "colour": share(rule.score(rule.params, jnp.asarray(drawn), rule.prepare(captions))),
-      "judge_20": share(ranks_first(judge, drawn, captions, anywhere)),
-      "judge_20_names": share(ranks_first(judge, drawn, captions, same_colour)),
-      "clip_20": share(ranks_first(clip, drawn, captions, anywhere)),
-      **{style: share(vendor == i) for i, style in enumerate(STYLES)},
-  }
+  score, out = jax.jit(judge.score), []
+  for image, scene in zip(images, asked):
+    captions = [scenes.caption(s) for s in variants(scene)]
+    values = np.asarray(score(judge.params, np.repeat(image[None], len(captions), 0),
+                              judge.prepare(captions)))
+    out.append(bool((values[0] > values[1:]).all()))
+  return np.array(out)

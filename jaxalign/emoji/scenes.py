@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.emoji.artwork import STYLES, Artwork
-from jaxalign.emoji.drawings import COLOURS, RGB
+from jaxalign.emoji.colours import COLOURS, RGB
 from jaxalign.errors import UserError
 
 SIZE = 64                  # pixels of a side

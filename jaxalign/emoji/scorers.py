@@ -1,15 +1,13 @@
-"""The embedded scorers: how well an emoji drawing fits its caption.
+"""The embedded scorers: how well a picture of a scene fits its caption.
 
-`emoji_clip` is the reward: CLIP's two towers, small. `emoji_judge` never serves as one: another
+`scene_clip` is the reward: CLIP's two towers, small. `scene_judge` never serves as one: another
 architecture from another seed, trained on the same drawings, it tells real gain from a fooled
-reward. It also gives the features for diversity and Frechet distance, and knows the two vendors
-apart. Both are trained by `configs/pretrain_emoji_scorers.py`.
+reward. It also gives the features for diversity and Frechet distance, and knows the three artists
+apart. Both are trained by `configs/pretrain_scene_scorers.py`.
 """
 import dataclasses
 import json
 import pathlib
-import re
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxalign.config.places import ASSETS
-from jaxalign.emoji.drawings import STYLES
 from jaxalign.errors import UserError
 from jaxalign.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, unit
 from jaxalign.models.layers import Conv, Dense, Downsample, ResnetBlock
@@ -40,7 +37,7 @@ def _pixels(images, size: int):
   return images * 2 - 1
 
 
-class EmojiClip(nn.Module):
+class SceneClip(nn.Module):
   """CLIP's text and vision towers; `config` has a `text_config` and a `vision_config`."""
   config: Any
 
@@ -101,11 +98,11 @@ class JudgeText(nn.Module):
     return Dense(self.dim, name="out")(x)
 
 
-class EmojiJudge(nn.Module):
+class SceneJudge(nn.Module):
   """Convolutional judge.
 
-  `config`: `dim`, `widths`, `text_width`, `vocab_size`, `eos_token_id`; `image_size`, 32 where
-  it is absent, and the number of `styles`, likewise 2.
+  `config`: `dim`, `widths`, `text_width`, `vocab_size`, `eos_token_id`, `image_size`, and the
+  number of `styles`.
   """
   config: Any
 
@@ -114,11 +111,11 @@ class EmojiJudge(nn.Module):
     self.images = JudgeImages(tuple(cfg["widths"]), cfg["dim"])
     self.text = JudgeText(cfg["vocab_size"], cfg["eos_token_id"], cfg["text_width"], cfg["dim"])
     self.match_head = Dense(cfg["dim"])
-    self.style_head = Dense(cfg.get("styles", 2))
+    self.style_head = Dense(cfg["styles"])
 
   def features(self, images):
     """`[B, H, W, 3]` in [0, 1] -> `[B, D]` of length one: what both heads read."""
-    return unit(self.images(_pixels(images, self.config.get("image_size", 32))))
+    return unit(self.images(_pixels(images, self.config["image_size"])))
 
   def style(self, images):
     """Logits `[B, styles]` that the drawing is by this artist: Noto's, Twemoji's, Fluent 3D's."""
@@ -138,8 +135,7 @@ class EmojiJudge(nn.Module):
             self.style_head(features))
 
 
-SCORERS = {"emoji_clip": EmojiClip, "emoji_judge": EmojiJudge,
-           "scene_clip": EmojiClip, "scene_judge": EmojiJudge}
+SCORERS = {"scene_clip": SceneClip, "scene_judge": SceneJudge}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,93 +199,16 @@ def load_scorer(folder) -> Reward:
 
   fields = dict(name=name, params=params, prepare=lambda prompts: {"input_ids": tokenizer(prompts)},
                 score=score, range="-1 to 1, cosine of image and caption")
-  if SCORERS[name] is EmojiJudge:
+  if SCORERS[name] is SceneJudge:
     return Judge(**fields, features=apply("features"), style=apply("style"))
   return Reward(**fields)
 
 
-def emoji_clip() -> Reward:
+def scene_clip() -> Reward:
   """The shipped text-image scorer, made to be optimised."""
-  return load_scorer(ASSETS / "emoji_clip")
+  return load_scorer(ASSETS / "scene_clip")
 
 
-def emoji_rank() -> Reward:
-  """1 if `emoji_clip` ranks the prompt first among 20, else 0: a sparse reward. No gradient.
-
-  The 19 others name other emoji in its place; which ones depends on the name alone.
-  Prompts read "a NAME on a COLOUR background", with or without a style.
-  """
-  clip = emoji_clip()
-  names = (ASSETS / "prompts" / "emoji_vocabulary.txt").read_text().split("\n")[:-1]
-
-  def prepare(prompts):
-    texts = []
-    for prompt in prompts:
-      parts = re.fullmatch(r"a (.+)( on a \w+ background.*)", prompt)
-      if not parts:
-        raise UserError(f"prompt {prompt!r}: emoji_rank reads 'a NAME on a COLOUR background'")
-      others = [name for name in names if name != parts[1]]
-      chosen = np.random.default_rng(zlib.crc32(parts[1].encode())).permutation(len(others))[:19]
-      texts += [prompt] + [f"a {others[i]}{parts[2]}" for i in chosen]
-    ids = clip.prepare(texts)["input_ids"]
-    return {"input_ids": ids.reshape(len(prompts), 20, -1)}
-
-  def score(params, images, prepared):
-    ids = jnp.moveaxis(jnp.asarray(prepared["input_ids"]), 1, 0)
-    scores = jax.lax.map(lambda i: clip.score(params, images, {"input_ids": i}), ids)
-    return (scores[0] > scores[1:].max(0)).astype(jnp.float32)
-
-  return dataclasses.replace(clip, name="emoji_rank", prepare=prepare, score=score, range="0 or 1",
-                             differentiable=False)
-
-
-def emoji_style() -> Reward:
-  """By how much `emoji_clip` prefers the caption with the prompt's style to that with the other.
-
-  Prompts end in " noto style" or " twemoji style".
-  """
-  clip = emoji_clip()
-
-  def prepare(prompts):
-    other = []
-    for prompt in prompts:
-      named = [style for style in STYLES if prompt.endswith(f" {style} style")]
-      if not named:
-        raise UserError(f"prompt {prompt!r}: emoji_style reads prompts that end in a style")
-      second = STYLES[1 - STYLES.index(named[0])]
-      other.append(prompt.removesuffix(f"{named[0]} style") + f"{second} style")
-    return {"input_ids": clip.prepare(prompts)["input_ids"],
-            "other": clip.prepare(other)["input_ids"]}
-
-  def score(params, images, prepared):
-    of = lambda key: clip.score(params, images, {"input_ids": prepared[key]})
-    return of("input_ids") - of("other")
-
-  return dataclasses.replace(clip, name="emoji_style", prepare=prepare, score=score,
-                             range="-2 to 2, difference of two cosines")
-
-
-def emoji_styled() -> Reward:
-  """1 if `emoji_style` is above 0, else 0: a sparse reward. No gradient."""
-  style = emoji_style()
-  score = lambda *args: (style.score(*args) > 0).astype(jnp.float32)
-  return dataclasses.replace(style, name="emoji_styled", score=score, range="0 or 1",
-                             differentiable=False)
-
-
-def emoji_twemoji() -> Reward:
-  """1 if the judge's style head takes the image for Twemoji's rather than Noto's, else 0.
-
-  Not to be optimised: it measures how far training on pairs has carried a style. The head is right
-  for 83 % of drawings on held-out backgrounds. No gradient.
-  """
-  judge = emoji_judge()
-  score = lambda params, images, prepared: (
-      judge.style(params, images).argmax(-1) == STYLES.index("twemoji")).astype(jnp.float32)
-  return Reward(name="emoji_twemoji", params=judge.params, prepare=lambda prompts: {}, score=score,
-                range="0 or 1", differentiable=False)
-
-
-def emoji_judge() -> Judge:
+def scene_judge() -> Judge:
   """The shipped judge, made never to be optimised."""
-  return load_scorer(ASSETS / "emoji_judge")
+  return load_scorer(ASSETS / "scene_judge")

@@ -62,6 +62,22 @@ def is_new(word: str) -> bool:
   return any(LETTERS.index(letter) in HELD_OUT[place] for place, letter in enumerate(word))
 
 
+def ask(each: int, generator, new: bool) -> list[str]:
+  """Random strings of two, three and four letters in turn.
+
+  If `new`, with one letter at a place where training does not have it.
+  """
+  out = []
+  for i in range(each):
+    count = 2 + i % (LONGEST - 1)
+    letters = [generator.choice(TRAINED[place]) for place in range(count)]
+    if new:
+      place = generator.integers(count)
+      letters[place] = generator.choice(HELD_OUT[place])
+    out.append("".join(LETTERS[letter] for letter in letters))
+  return out
+
+
 def draw(key, batch: int, letters=_ALL):
   """Random strings `[B, 4]` of two to four letters, colours `[B]`, shifts `[B, 2]` of -1 to 1.
 

@@ -1,8 +1,8 @@
 """Training of the embedded emoji world from drawings: autoencoder, denoiser, scorers.
 
 Each is a `Task`; `loop.run` trains any of them. Order: `emoji_vae`, then on its latents `emoji`
-(UNet), `emoji_sd3` (transformer) and `signs` (one for words), each with its text encoders;
-`emoji_clip`, `emoji_judge`, and for scenes `scene_clip`, `scene_judge` and `scene_check`.
+(UNet), `emoji_sd3` (transformer) and `signs` (one for words), each with its text encoders; and
+`scene_clip`, `scene_judge` and `scene_check`, which score scenes.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +15,6 @@ TASKS = {
     "emoji": "jaxalign.pretrain.scene_denoisers:emoji",
     "emoji_sd3": "jaxalign.pretrain.scene_denoisers:emoji_sd3",
     "signs": "jaxalign.pretrain.sign_denoiser",
-    "emoji_clip": "jaxalign.pretrain.scorers:emoji_clip",
-    "emoji_judge": "jaxalign.pretrain.scorers:emoji_judge",
     "scene_check": "jaxalign.pretrain.crops",
     "scene_clip": "jaxalign.pretrain.scene_scorers:scene_clip",
     "scene_judge": "jaxalign.pretrain.scene_scorers:scene_judge",

@@ -20,7 +20,7 @@ from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import save_scorer
 from jaxalign.errors import UserError
 from jaxalign.pretrain import Look, Task, painting
-from jaxalign.pretrain.scorers import as_stored, described
+from jaxalign.pretrain.scene_scorers import as_stored, described
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.config.fields import Count, Fraction
-from jaxalign.emoji import artwork, reader, scenes, words
+from jaxalign.emoji import quality, reader, scenes, words
 from jaxalign.emoji.artwork import STYLES
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
@@ -84,37 +84,9 @@ class Captions(NamedTuple):
     return jnp.concatenate([jnp.full((len(tokens), 1), bos, tokens.dtype), tokens], 1)
 
 
-class World(NamedTuple):
-  """Subjects and their drawings, the scenes of training and those kept from it."""
-  names: list[str]
-  drawings: artwork.Artwork
-  trained: scenes.Table
-  held_out: scenes.Table
-
-
-def world(file, subjects: int) -> World:
-  """The first `subjects` of the world, out of the file of drawings."""
-  if subjects > len(scenes.SUBJECTS):
-    raise UserError(f"task.subjects={subjects}: there are {len(scenes.SUBJECTS)}")
-  codes = list(scenes.SUBJECTS)[:subjects]
-  drawings, names = artwork.load(file).of(codes), [scenes.SUBJECTS[code] for code in codes]
-  return World(names, drawings, *world_of(drawings, names))
-
-
-def world_of(drawings: artwork.Artwork, names) -> tuple[scenes.Table, scenes.Table]:
-  """Scenes of training, and those whose subject and colour, subject and number, or pair is new.
-
-  Which of the three depends on the kind of scene, and nothing else in it is new.
-  """
-  visible = scenes.contrast(drawings)
-  new = lambda scene: scenes.held_out(scene) == (
-      ("pair",) if scene.relation else ("number",) if scene.number > 1 else ("colour",))
-  return scenes.table(names, visible), scenes.table(names, visible, new)
-
-
 def content(cfg: _Scenes) -> denoiser.Content:
   """Scenes and their captions."""
-  names, drawings, trained, held_out = world(cfg.artwork, cfg.subjects)
+  names, drawings, trained, held_out = quality.world(cfg.artwork, cfg.subjects)
   tokenizer = words.tokenizer()
   shares = (cfg.single, cfg.several, 1 - cfg.single - cfg.several)
   tables = {"sheets": scenes.Sheets.of(drawings), "scenes": trained,
@@ -130,15 +102,16 @@ def content(cfg: _Scenes) -> denoiser.Content:
     return scenes.render(tables["sheets"], tables["scenes"], drawn), tokens
 
   def look(paint, each):
-    asked = {kind: ask(table, names, each, np.random.default_rng(0))
+    asked = {kind: quality.ask(table, names, each, jax.random.key(0))[0]
              for kind, table in (("", trained), ("new_", held_out))}
     captions = [scenes.caption(scene) for part in asked.values() for scene in part]
     images = paint(captions)
     readings = reader.Reader(drawings, names)(images)
     figures, start = {}, 0
     for prefix, part in asked.items():
-      found = scores(part, readings[start:start + len(part)])
-      figures |= {f"eval/{prefix}{name}": value for name, value in found.items()}
+      found = quality.answers(part, readings[start:start + len(part)])
+      figures |= {f"eval/{prefix}{name}": float(np.mean(right)) for name, right in found.items()
+                  if right}
       start += len(part)
     starts = range(0, len(captions), each // 2)             # two rows of each kind
     grid = np.stack([images[i:i + 4] for i in starts])
@@ -155,28 +128,3 @@ def make(cfg: _Scenes):
 
 
 emoji, emoji_sd3 = Kind(UNetConfig, make), Kind(TransformerConfig, make)
-
-
-def ask(table: scenes.Table, names, each: int, generator) -> list[scenes.Scene]:
-  """`3 each` scenes to ask for: single, several and two, half of them with a style."""
-  out = []
-  for start, end in zip(table.starts[:-1], table.starts[1:]):
-    for i, row in enumerate(generator.integers(start, end, each) if end > start else ()):
-      colour = generator.choice(np.flatnonzero(table.colours[row]))
-      style = STYLES[generator.integers(len(STYLES))] if i % 2 else ""
-      out.append(table.scene(int(row), int(colour), names, style))
-  return out
-
-
-def scores(asked, readings) -> dict[str, float]:
-  """Shares of scenes that are read as asked for: by kind, and by what the caption says."""
-  found = [(scene, reader.check(scene, reading)) for scene, reading in zip(asked, readings)]
-  share = lambda values: float(np.mean(values)) if values else 0.0
-  kinds = {"single": lambda s: not s.relation and s.number == 1,
-           "several": lambda s: s.number > 1, "two": lambda s: bool(s.relation)}
-  all_right = lambda parts: all(right for part, right in parts.items() if part != "style")
-  return {**{kind: share([all_right(parts) for scene, parts in found if of(scene)])
-             for kind, of in kinds.items()},
-          "two_subjects": share([parts["subjects"] for scene, parts in found if scene.relation]),
-          **{part: share([parts[part] for _, parts in found if part in parts])
-             for part in ("number", "colour", "style")}}

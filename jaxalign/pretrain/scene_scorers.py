@@ -8,6 +8,7 @@ right of a cat" of "a cat to the left of a dog", or without a style) is no negat
 """
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import NamedTuple
 
@@ -17,14 +18,13 @@ import numpy as np
 import optax
 
 from jaxalign.config.fields import Count, Fraction, NonNegative, check
-from jaxalign.emoji import scenes, words
+from jaxalign.emoji import quality, scenes, words
 from jaxalign.emoji.artwork import STYLES
 from jaxalign.emoji.scorers import SCORERS, save_scorer
 from jaxalign.errors import UserError
 from jaxalign.models.tokenizer import Tokenizer
 from jaxalign.pretrain import Kind, Look, Task, painting
-from jaxalign.pretrain.scene_denoisers import NO_STYLE, Captions, world
-from jaxalign.pretrain.scorers import as_stored, described, towers
+from jaxalign.pretrain.scene_denoisers import NO_STYLE, Captions
 
 WRONG = ("subject", "layout", "colour", "style")
 
@@ -72,7 +72,14 @@ class ClipConfig(Config):
 
   def model(self, tokenizer: Tokenizer) -> dict:
     """The asset's own config of its network."""
-    return towers(self, tokenizer, scenes.SIZE)
+    tower = dict(hidden_size=self.width, intermediate_size=3 * self.width, num_attention_heads=4,
+                 projection_dim=self.width)
+    return {
+        "text_config": tower | dict(
+            num_hidden_layers=self.text_layers, vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_id, max_position_embeddings=tokenizer.length),
+        "vision_config": tower | dict(
+            num_hidden_layers=self.layers, image_size=scenes.SIZE, patch_size=self.patch)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +182,23 @@ def loss_of(image, text, wrong, true, wrong_true, scale):
   return 0.5 * nll, (of_images.argmax(1) == jnp.arange(len(image))).mean()
 
 
+def as_stored(params):
+  """Parameters as the asset will be: rounded to the precision that it is stored in."""
+  return jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params)
+
+
+def described(name: str, model: dict, cfg, record) -> dict:
+  """The asset's `config.json`: its network, how it was made (`record`), and its figures."""
+  return {"name": name, "model": model, "training": {
+      "task": json.loads(json.dumps(dataclasses.asdict(cfg))),
+      "steps": record["steps"], "seconds": record["seconds"]},
+      "figures": {key.removeprefix("eval/"): value for key, value in record["figures"].items()}}
+
+
 def make(name: str, cfg: Config) -> Task:
   """The scorer `name` as a Task; parameters are `net` and `log_scale`."""
   painter = painting.Painter.read(cfg.vae)
-  names, drawings, _, _ = world(cfg.artwork, cfg.subjects)
+  names, drawings, _, _ = quality.world(cfg.artwork, cfg.subjects)
   table = scenes.table(names, scenes.contrast(drawings), lambda scene: True)
   rows, tokenizer = Rows.of(table, len(names)), words.tokenizer()
   model = cfg.model(tokenizer)

@@ -38,19 +38,6 @@ def tokens_of(tables, word, colour):
   return jnp.where((at >= 0) & (at < count[:, None]), spelt, captions[colour, count])
 
 
-def ask(each: int, generator, new: bool) -> list[str]:
-  """Random strings; if `new`, with one letter at a place that training does not have it at."""
-  out = []
-  for i in range(each):
-    count = 2 + i % (signs.LONGEST - 1)
-    letters = [generator.choice(signs.TRAINED[place]) for place in range(count)]
-    if new:
-      place = generator.integers(count)
-      letters[place] = generator.choice(signs.HELD_OUT[place])
-    out.append("".join(signs.LETTERS[letter] for letter in letters))
-  return out
-
-
 def content() -> denoiser.Content:
   """Signs and their captions."""
   tokenizer = words.spelling_tokenizer()
@@ -64,7 +51,7 @@ def content() -> denoiser.Content:
 
   def look(paint, each):
     generator = np.random.default_rng(0)
-    asked = ask(each, generator, False) + ask(each, generator, True)
+    asked = signs.ask(each, generator, False) + signs.ask(each, generator, True)
     captions = [signs.caption(word, str(generator.choice(scenes.COLOURS))) for word in asked]
     images = paint(captions)
     seen = signs.read(images)

@@ -44,9 +44,9 @@ def run(cfg: Config, path, devices=None, on_step=None, on_look=None) -> dict:
   start_devices(cfg, devices)
   jax.config.update("jax_threefry_partitionable", True)
   module = inference if cfg.at_inference else loop
-  if cfg.eval.judge == "emoji_judge" and not cfg.model.path.startswith("jaxalign:"):
-    processes.say("eval.judge='emoji_judge' knows emoji only; for other pictures name one that "
-                  "knows them, such as --config.eval.judge=clip_score:DIR (docs/rewards.md)")
+  if cfg.eval.judge == "scene_judge" and not cfg.model.path.startswith("jaxalign:"):
+    processes.say("eval.judge='scene_judge' knows emoji scenes only; for other pictures name one "
+                  "that knows them, such as --config.eval.judge=clip_score:DIR (docs/rewards.md)")
   try:
     summary = module.run(cfg, pathlib.Path(path), devices, on_step, on_look)
     # Process 0 alone writes results; a scheduler may end the run when any of the others exits.

@@ -98,7 +98,7 @@ def build(cfg: Config, devices=None, pipeline: Pipeline | None = None) -> Experi
   if getattr(observer.parts[0][2], "features", None) is None:
     key = "features" if cfg.eval.features else "judge"
     raise UserError(f"eval.{key}={getattr(cfg.eval, key)!r} gives no features, which diversity "
-                    "needs: name a scorer that does by eval.features; emoji_judge is one, and "
+                    "needs: name a scorer that does by eval.features; scene_judge is one, and "
                     "clip_score:DIR and its kin are (docs/rewards.md)")
   pipeline = pipeline or open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                        cfg.model.unet)

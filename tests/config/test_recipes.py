@@ -42,7 +42,7 @@ OTHERS = {"adjoint_matching": ADJOINT_PRESETS, "awm": AWM_PRESETS, "das": DAS_PR
 RECIPES = [
   *(f"nabla_gfn:{size}" for size in ("emoji", "quick", "smoke", "sd15", "sdxl")),
   *(f"nabla_gfn:smoke,{name}" for name in PRESETS),
-  "ddpo:emoji", "ddpo:emoji_clip", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
+  "ddpo:emoji", "ddpo:style", "ddpo:smoke", "ddpo:sd15", "ddpo:sdxl", "draft:sdxl",
   "b2_diffurl:emoji", "b2_diffurl:smoke", "b2_diffurl:sd15",
   *(f"b2_diffurl:emoji,{name}" for name in B2_PRESETS),
   *(f"{name}:{size}" for name in ("refl", "draft", "alignprop")
@@ -115,8 +115,8 @@ def test_what_the_published_b2_code_computes():
   """Five branches, uniform steps, and a clip range for the size of the emoji model's latents."""
   published, default = (parse(runs.recipe(a, "b2_diffurl")) for a in ("emoji,b2_code", "emoji"))
   assert (published.method.group, published.method.step_weights) == (5, "uniform")
-  assert published.sample.batch == 160 and published.method.clip_range == 0.1 * 64
-  assert default.method.step_weights == "even" and default.method.clip_range == 1e-4 * 64
+  assert published.sample.batch == 160 and published.method.clip_range == 0.1 * 16
+  assert default.method.step_weights == "even" and default.method.clip_range == 1e-4 * 16
   assert parse(runs.recipe("emoji,b2_paper", "b2_diffurl")).method == default.method
   assert parse(runs.recipe("smoke,b2_code", "b2_diffurl")).method.group == 4
   assert parse(runs.recipe("sd15,b2_code", "b2_diffurl")).method.history == 64
@@ -171,7 +171,7 @@ def changed(path, value):
     ("seed", "0", "config key seed=.0. is of type str"),
     ("seed", -1, r"seed=-1 is outside \[0, 2\*\*32\)"),
     ("seed", 2 ** 32, r"seed=4294967296 is outside"),
-    ("reward.names", ("emoji_judge",), r"reward\.names has 'emoji_judge', the judge \(eval\.judge"),
+    ("reward.names", ("scene_judge",), r"reward\.names has 'scene_judge', the judge \(eval\.judge"),
     ("reward.names", "brightness", r"reward\.names='brightness' is of type str"),
     ("reward.weights", ("1",), r"reward\.weights\[0\]='1' is of type str, not float"),
     ("reward.names", (), r"reward\.names is empty"),
@@ -235,8 +235,8 @@ def test_batch_algebra_over_devices():
 
 def test_the_judge_may_measure_what_pairs_teach():
   config = default("mapo").unlock()
-  config.data.pairs, config.reward.names = "jaxalign:fixture", ("emoji_judge",)
-  assert parse(config).reward.names == ("emoji_judge",)
+  config.data.pairs, config.reward.names = "jaxalign:fixture", ("scene_judge",)
+  assert parse(config).reward.names == ("scene_judge",)
 
 
 def test_full_fine_tuning_needs_no_targets():

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.emoji.colours import color_accuracy, color_match
-from jaxalign.emoji.drawings import COLOURS, PALETTE
+from jaxalign.emoji.colours import COLOURS, PALETTE, color_accuracy, color_match
 from jaxalign.errors import UserError
 
 

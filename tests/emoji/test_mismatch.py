@@ -1,9 +1,9 @@
-"""Pairs at a chosen distance from the model, and task sets."""
+"""Pairs at a chosen distance from the model."""
 import numpy as np
 import pytest
 
 from jaxalign.data.pairs import open_pairs
-from jaxalign.emoji import mismatch, quality, tasks
+from jaxalign.emoji import mismatch, quality
 from jaxalign.errors import UserError
 from jaxalign.rewards.rules import grayness
 
@@ -15,7 +15,7 @@ def drawn(monkeypatch):
   """Stands in for the sampler: noise that depends on the seed and the guidance."""
   def draw(pipeline, captions, seed=0, label="", guidance=3.0):
     generator = np.random.default_rng([seed, int(guidance)])
-    return generator.uniform(size=(len(captions), 32, 32, 3)).astype(np.float32)
+    return generator.uniform(size=(len(captions), 64, 64, 3)).astype(np.float32)
   monkeypatch.setattr(quality, "draw", draw)
 
 
@@ -57,7 +57,7 @@ def test_pairs_are_read_as_they_were_written(drawn, tmp_path):
   pairs = open_pairs(str(tmp_path / "r3.parquet"), "drop")
   assert pairs.captions == CAPTIONS
   for i in range(4):                               # the preferred image comes first
-    np.testing.assert_allclose(pairs.images(i, 32, 32)["pixels"] / 255,
+    np.testing.assert_allclose(pairs.images(i, 64, 64)["pixels"] / 255,
                                np.stack([winners[i], losers[i]]), atol=0.5 / 255 + 1e-6)
 
 
@@ -65,36 +65,3 @@ def test_mismatch_refuses_what_makes_no_pairs(tmp_path):
   for flag in ("--pairs=0", "--strength=1.5"):
     with pytest.raises(UserError, match=flag):
       mismatch.main(["--scenario=r0", f"--output={tmp_path / 'r0.parquet'}", flag])
-
-
-def test_task_sets_keep_names_with_headroom(monkeypatch, tmp_path):
-  """Success by design: one name never, one always, one at two of five images, one by luck once."""
-  def rewards_of(pipeline, captions, names, seed, label):
-    now_and_then = lambda i: bool(i % 5 % 2)
-    right = np.array(["dog" in c or (("whale" in c or "fox" in c and seed == 0) and now_and_then(i))
-                      for i, c in enumerate(captions)])
-    return dict.fromkeys(names, right.astype(np.float32))
-  monkeypatch.setattr(tasks, "rewards_of", rewards_of)
-  drawings = type("Drawings", (), {"names": np.array(["cat", "dog", "fox", "whale"])})
-  table = tasks.write(None, drawings, tmp_path)
-  assert [row["base_success"]["mean"] for row in table] == [0.4] * len(tasks.SETS)
-  page = (tmp_path / "README.md").read_text()
-  for label, styles in (("emoji", 1), ("emoji_styles", 2)):
-    train, heldout = ((tmp_path / f"{label}_{side}.txt").read_text().splitlines()
-                      for side in ("train", "heldout"))
-    assert len(train) == 8 * styles and len(heldout) == 4 * styles
-    assert all(" whale " in prompt for prompt in train + heldout)
-    assert not set(train) & set(heldout)
-    assert f"jaxalign:{label}_train" in page
-
-
-def test_task_sets_prefer_rewards_that_the_judge_confirms(monkeypatch):
-  """Both names vary; the judge goes with the reward of one and against that of the other."""
-  def rewards_of(pipeline, captions, names, seed, label):
-    i = np.arange(len(captions))
-    reward = (i % 2).astype(np.float32)
-    agrees = np.array(["whale" in caption for caption in captions])
-    return {name: np.where(agrees, reward, 1 - reward) if name == "emoji_judge" else reward
-            for name in names}
-  monkeypatch.setattr(tasks, "rewards_of", rewards_of)
-  assert tasks.choose(None, ["cat", "whale"], tasks.SETS[0]) == [("whale", None), ("cat", None)]

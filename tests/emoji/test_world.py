@@ -11,7 +11,7 @@ from PIL import Image
 
 import worlds
 from jaxalign.emoji import artwork, latents, reader, scenes, signs, words
-from jaxalign.emoji.drawings import COLOURS, RGB
+from jaxalign.emoji.colours import COLOURS, RGB
 from jaxalign.errors import UserError
 
 ALL = list(scenes.SUBJECTS.values())

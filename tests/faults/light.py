@@ -22,7 +22,7 @@ def replace(folder) -> None:
   StableDiffusionPipeline.encode_prompts = _encode_prompts
   StableDiffusionPipeline.encode_images = _encode_images
   StableDiffusionPipeline.decode_images = _decode_images
-  REWARDS["emoji_judge"] = f"{__name__}:judge"
+  REWARDS["scene_judge"] = f"{__name__}:judge"
   make, kept = experiment.open_pipeline, folder / "pipeline.pickle"
 
   def opened(*args):
@@ -62,7 +62,7 @@ def _decode_images(self, params, latents, clamp=True):
 def judge() -> Reward:
   features = lambda params, images: images[:, ::8, ::8].reshape(len(images), -1) * params["scale"]
   score = lambda params, images, prepared: features(params, images).mean(-1)
-  return Reward("emoji_judge", {"scale": np.ones((), np.float32)}, lambda prompts: {}, score,
+  return Reward("scene_judge", {"scale": np.ones((), np.float32)}, lambda prompts: {}, score,
                 features=features)
 
 

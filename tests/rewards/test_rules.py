@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxalign.emoji.colours import color_accuracy, color_match
-from jaxalign.emoji.drawings import COLOURS, PALETTE
+from jaxalign.emoji.colours import COLOURS, PALETTE, color_accuracy, color_match
 from jaxalign.errors import UserError
 from jaxalign.rewards import REWARDS, HostReward, Reward, make_reward, weighted_sum
 from jaxalign.rewards.rules import (

@@ -52,7 +52,7 @@ def test_same_noise_at_every_call():
 def test_a_black_box_can_be_the_judge():
   """It scores the same pictures on the host; another scorer's features tell them apart."""
   (exp, evaluate), black_box = evaluator(8), build(runs.smoke(
-      eval__batch=8, eval__judge="jpeg_compressibility", eval__features="emoji_judge"),
+      eval__batch=8, eval__judge="jpeg_compressibility", eval__features="scene_judge"),
       jax.devices()[:1])
   samples, usual = (each(untouched(exp), PROMPTS, 2) for each in (Evaluator(black_box), evaluate))
   flat = samples.images.reshape(-1, *samples.images.shape[2:])

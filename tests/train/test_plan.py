@@ -115,10 +115,10 @@ def test_rewards_are_planned_on_prompts_that_they_take():
   exp = outline("ddpo:emoji")
   prompts = read_prompts("data.prompts", exp.config.data.prompts)
   table = plan.table_shapes(exp, prompts)
-  assert table["prepared"]["emoji_styled/other"].shape[0] == len(prompts)
+  assert table["prepared"]["scene/first"].shape[0] == len(prompts)
   assert table["cond"]["text"].shape[0] == len(prompts)
-  with pytest.raises(UserError, match="end in a style"):
-    plan.table_shapes(exp, ["a cat on a red background"])
+  with pytest.raises(UserError, match="no scene of the embedded world"):
+    plan.table_shapes(exp, ["a cat"])
 
 
 @pytest.mark.slow
