@@ -26,7 +26,7 @@ def get_config(arg="emoji"):
     recipes.make_embedded(config, size)
     config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.sample.batch = 16
-    config.method.perturbations, config.method.perturb_std = 2, 0.8
+    config.method.perturbations, config.method.perturb_std = 1, 0.2
     config.train.steps, config.train.checkpoint_every, config.eval.every = 64, 16, 16
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
     if not presets:

@@ -15,7 +15,8 @@ Arguments after a colon:
            optimiser steps an update, clip range 1e-4, advantages by the mean of the group. Unlike
            there, the spread is the group's, no KL is added, and the unconditional branch has a
            gradient; not measured. Give --config.model.path and --config.reward.names
-  style    on the embedded model, the reward of configs/nabla_gfn.py, used as a black box
+  style    on the embedded model, the reward of configs/nabla_gfn.py, used as a black box; not
+           measured
 """
 from jaxalign.config import recipes
 

@@ -1,11 +1,11 @@
-"""The embedded models of scenes: denoiser and text encoders, from drawings and the autoencoder.
+"""The embedded model of scenes: denoiser and text encoders, from drawings and the autoencoder.
 
   python -m jaxalign.launch --config=configs/pretrain_emoji_vae.py
   python -m jaxalign.launch --config=configs/pretrain_emoji.py
 
 Arguments after a colon:
   emoji       a UNet in Stable Diffusion's layout (default)
-  emoji_sd3   a transformer in Stable Diffusion 3's
+  emoji_sd3   a transformer in Stable Diffusion 3's; its weights are not shipped
   smoke, smoke_sd3   three steps of tiny ones
 """
 from jaxalign.config import recipes

@@ -1,4 +1,4 @@
-"""The embedded model of words: a transformer that letters signs, and its text encoders.
+"""A model of words: a transformer that letters signs, and its text encoders; not shipped.
 
   python -m jaxalign.launch --config=configs/pretrain_emoji_vae.py
   python -m jaxalign.launch --config=configs/pretrain_signs.py

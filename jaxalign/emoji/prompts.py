@@ -3,9 +3,9 @@
   python -m jaxalign.emoji.prompts --artwork=runs/drawings/artwork.npz
 
 `emoji_train` and `emoji_heldout` ask for what the embedded models never saw put together: a subject
-on a new colour, a new number of a subject, a new ordered pair. There a model fails often enough to
-be worth aligning. No combination is in both; training prompts differ from held-out ones in it, not
-only in the colour.
+on a new colour, a new number of a subject, a new ordered pair. How often a model fails there, its
+card says. No combination is in both; training prompts differ from held-out ones in it, not only in
+the colour.
 `emoji_captions` are captions as in training, for distillation. `signs_train` and `signs_heldout`
 have no word in common, and each word has a letter at a place where training never had it.
 """
