@@ -50,7 +50,8 @@ def test_help_has_every_key_with_value_type_and_what_differs():
   at = lines.index("optim.lr = 0.0005   number from 0   (default 0.0003)")
   assert lines[at + 1].startswith("    AdamW learning rate")
   assert "train.alarm = 'warn'   one of 'off', 'warn', 'stop', 'rollback'" in lines
-  assert "reward.names = ('scene_clip',)   several, each: text" in lines
+  assert ("reward.names = ('soft_style_3d',)   several, each: text   (default ('scene_clip',))"
+          in lines)
   assert "eval.path_kl = True   True or False" in lines
   assert max(map(len, lines)) < 260
   for name in ("no_such", "pretrain_emoji"):
