@@ -55,7 +55,7 @@ def distance(one, other) -> float:
   """
   one, other = (traverse_util.flatten_dict(tree, sep="/") for tree in (one, other))
   total = 0.0
-  for path in {name.rsplit("/", 1)[0] for name in one}:
+  for path in sorted({name.rsplit("/", 1)[0] for name in one}):     # of sets each process has an order
     pick = lambda factor: [np.asarray(tree[f"{path}/{factor}"], np.float64)
                            for tree in (one, other)]
     a = np.concatenate(pick("a"), -1)
