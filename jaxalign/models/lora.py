@@ -55,7 +55,8 @@ def distance(one, other) -> float:
   """
   one, other = (traverse_util.flatten_dict(tree, sep="/") for tree in (one, other))
   total = 0.0
-  for path in sorted({name.rsplit("/", 1)[0] for name in one}):     # of sets each process has an order
+  # Sorted: of a set each process has an order of its own, and the sum another last bit.
+  for path in sorted({name.rsplit("/", 1)[0] for name in one}):
     pick = lambda factor: [np.asarray(tree[f"{path}/{factor}"], np.float64)
                            for tree in (one, other)]
     a = np.concatenate(pick("a"), -1)
