@@ -47,6 +47,14 @@ def init(key, params, rank: int, targets: Mapping[str, str]):
   return traverse_util.unflatten_dict(tree, sep="/")
 
 
+def layers(flat) -> list[str]:
+  """Paths that have an adapter, sorted, of its flat tree (`PATH/a`, `PATH/b`).
+
+  Sorted, as of a set each process has an order of its own, and a sum over it another last bit.
+  """
+  return sorted({name.rsplit("/", 1)[0] for name in flat})
+
+
 def distance(one, other) -> float:
   """Frobenius norm of the difference between what two adapters of the same layers add to them.
 
@@ -55,8 +63,7 @@ def distance(one, other) -> float:
   """
   one, other = (traverse_util.flatten_dict(tree, sep="/") for tree in (one, other))
   total = 0.0
-  # Sorted: of a set each process has an order of its own, and the sum another last bit.
-  for path in sorted({name.rsplit("/", 1)[0] for name in one}):
+  for path in layers(one):
     pick = lambda factor: [np.asarray(tree[f"{path}/{factor}"], np.float64)
                            for tree in (one, other)]
     a = np.concatenate(pick("a"), -1)
@@ -74,7 +81,7 @@ def merge(params, lora):
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   factors = traverse_util.flatten_dict(lora, sep="/")
-  for path in sorted({name.rsplit("/", 1)[0] for name in factors}):
+  for path in layers(factors):
     kernel = f"{path}/kernel"
     if kernel not in flat:
       raise ValueError(f"lora: {path} is not a layer of these parameters")

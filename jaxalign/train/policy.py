@@ -98,7 +98,7 @@ def movement(cfg: Config, start, base) -> Callable[[Any], float]:
       return float(np.sqrt(sum(map(square, gaps)) / size()))
     return moved
   start = processes.fetch(start)
-  names = sorted({name.rsplit("/", 1)[0] for name in traverse_util.flatten_dict(start, sep="/")})
+  names = lora.layers(traverse_util.flatten_dict(start, sep="/"))
   size = functools.cache(lambda: np.sqrt(sum(square(flat[f"{name}/kernel"]) for name in names)))
   return lambda policy: float(lora.distance(processes.fetch(policy), start) / size())
 
