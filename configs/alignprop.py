@@ -4,6 +4,7 @@
 
 Arguments after a colon:
   emoji    the embedded model, reward soft_style_3d (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x and an aesthetic score that aims at 10; not

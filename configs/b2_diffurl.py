@@ -6,6 +6,8 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, yes/no reward scene (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr_exact, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
@@ -20,11 +22,11 @@ from jaxalign.methods.b2_diffurl import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("b2_diffurl", "b2_diffurl:" + (arg or "emoji"))
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     recipes.make_embedded(config, size)
-    config.reward.names = ("scene",)
+    config.reward.names = ("ocr_exact",) if size == "signs" else ("scene",)
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.group, config.method.interval_stages = 8, 60
     # As in ddpo.py: with uniform weights the last steps' densities drown what decides the image.

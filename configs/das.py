@@ -5,6 +5,7 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, 48 images of four particles, reward scene_clip (default); not
            measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four steps,
            for tests
   sd15     Stable Diffusion 1.x, four particles, 50 steps; not measured. Give --config.model.path

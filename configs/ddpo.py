@@ -5,6 +5,8 @@
 
 Arguments after a colon:
   emoji    the embedded model, yes/no reward scene (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr_exact, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
@@ -23,9 +25,9 @@ from jaxalign.config import recipes
 
 def get_config(arg="emoji"):
   size, words = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), ("style",))
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sdxl", "sd35"), ("style",))
   config = recipes.default("ddpo", "ddpo:" + (arg or "emoji"))
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     recipes.make_embedded(config, size)
     # Without guidance and in few steps a trajectory is cheap, and what the method lacks is samples.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
@@ -40,7 +42,7 @@ def get_config(arg="emoji"):
     if words:
       config.reward.names = ("soft_style_3d",)
     else:
-      config.reward.names = ("scene",)
+      config.reward.names = ("ocr_exact",) if size == "signs" else ("scene",)
       config.train.patience = 0                 # the judge is reported, and stops nothing
       config.optim.lr = 5e-4
   elif size in recipes.SMOKE:

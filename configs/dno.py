@@ -11,6 +11,7 @@ The images are those of the evaluation: `eval.samples` of each of the first `eva
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip, and the best of N at the same cost beside it
            (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x on 45 animals; not measured here. Give

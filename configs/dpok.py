@@ -4,6 +4,8 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip as a black box (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px: sampler, adapter and rate as published, batches ours (no
@@ -19,9 +21,9 @@ from jaxalign.methods.dpok import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("dpok", "dpok:" + (arg or "emoji"))
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     recipes.make_embedded(config, size)
     # As in ddpo.py.
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0

@@ -5,6 +5,8 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, 48 images of eight particles, reward scene_clip (default); not
            measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three points,
            for tests
   sd15     Stable Diffusion 1.x, four particles, 50 steps; not measured. Give --config.model.path
@@ -19,12 +21,12 @@ from jaxalign.methods.fk_steering import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("fk_steering", "fk_steering:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
   recipes.make_at_inference(config, size)
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     config.method.particles = 8
   elif size in recipes.SMOKE:
     config.method.points = 2                    # of its four steps

@@ -5,6 +5,8 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, a UNet, on which `ddim` with eta 1 has the part of the SDE; reward
            scene_clip as a black box (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, settings ours; not measured. Give --config.model.path and
@@ -25,9 +27,9 @@ SAMPLERS = {"flow_grpo_fast": ("cps", 0.8, 10), "dance": ("dance_sde", 0.3, 16),
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("flow_grpo", "flow_grpo:" + (arg or "emoji"))
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     recipes.make_embedded(config, size)
     config.sample.batch, config.sample.steps, config.sample.guidance = 128, 8, 1.0
     config.method.step_weights = "even"           # as in ddpo.py
@@ -47,7 +49,7 @@ def get_config(arg="emoji"):
     if size == "sd35":
       recipes.make_sd35(config)
       config.sample.batch, config.method.group, config.optim.accumulate = 1152, 24, 3
-  if size in ("sd35", "smoke_sd3"):
+  if size in ("emoji_sd3", "signs", "sd35", "smoke_sd3"):
     config.sample.kind, config.sample.eta = "flow_sde", 0.7
     for preset in presets:
       config.sample.kind, config.sample.eta, steps = SAMPLERS[preset]

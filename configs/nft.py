@@ -4,6 +4,8 @@
 
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip as a black box (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, settings ours, for want of published ones; not measured.
@@ -18,11 +20,11 @@ from jaxalign.methods.nft import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("nft", "nft:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
   recipes.make_forward_process(config, size)
-  if size in recipes.EMBEDDED and not presets:
+  if size in recipes.WITH_SIGNS and not presets:
     config.method.tilt_budget = 8.0
   return config

@@ -5,7 +5,7 @@
 
 Arguments after a colon:
   emoji       a UNet in Stable Diffusion's layout (default)
-  emoji_sd3   a transformer in Stable Diffusion 3's; its weights are not shipped
+  emoji_sd3   a transformer in Stable Diffusion 3's
   smoke, smoke_sd3   three steps of tiny ones
 """
 from jaxalign.config import recipes

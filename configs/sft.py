@@ -6,6 +6,7 @@
 
 Arguments after a colon:
   emoji    the embedded model on the 3-D drawings of the shipped pairs (default); not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
   r0, r1, r2, r3    the embedded model on pairs at a growing distance from what it draws, made by
            `python -m jaxalign.emoji.mismatch --scenario=r0 --output=runs/pairs/r0.parquet`
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three

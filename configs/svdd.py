@@ -5,6 +5,8 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, 48 images of eight candidates a step, reward scene_clip (default);
            not measured
+  emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward ocr, judge ocr_judge; not measured
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, four steps,
            for tests
   sd15     Stable Diffusion 1.x, eight candidates, 50 steps; not measured. Give
@@ -19,7 +21,7 @@ from jaxalign.methods.svdd import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("svdd", "svdd:" + (arg or "emoji"))
   recipes.make_at_inference(config, size)
   for preset in presets:

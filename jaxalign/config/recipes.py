@@ -56,16 +56,27 @@ def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, l
   return (chosen or [sizes[0]])[-1], [word for word in words if word in presets]
 
 
-EMBEDDED = ("emoji",)
+EMBEDDED = ("emoji", "emoji_sd3")
+WITH_SIGNS = (*EMBEDDED, "signs")           # of methods that take black boxes
 SMOKE = {"smoke": "jaxalign:fixture", "smoke_sd3": "jaxalign:fixture_sd3"}
 # Latent elements of a picture, of which densities and clip ranges are means.
-LATENTS = {**dict.fromkeys(EMBEDDED, 1024), **dict.fromkeys(SMOKE, 256), "sd15": 16384,
+LATENTS = {**dict.fromkeys(WITH_SIGNS, 1024), **dict.fromkeys(SMOKE, 256), "sd15": 16384,
            "sd35": 65536}
 
 
 def make_embedded(config: ml_collections.ConfigDict, size: str) -> None:
-  """The embedded model of this name."""
+  """The embedded model of this name: `emoji`, a UNet, or a transformer of a flow.
+
+  `signs` letters words, which networks read that others trained: one is the reward, one the judge.
+  """
   config.model.path = f"jaxalign:{size}"
+  if size != "emoji":
+    config.sample.spacing = "linspace"      # the checkpoint's own grid ends in a clean image
+  if size == "signs":
+    config.data.prompts, config.data.eval_prompts = "jaxalign:signs_train", "jaxalign:signs_heldout"
+    config.reward.names = ("ocr",)
+    config.eval.judge, config.eval.features = "ocr_judge", "scene_judge"
+    config.train.patience = 0               # the judge is reported, and stops nothing
 
 
 def make_smoke(config: ml_collections.ConfigDict, size: str = "smoke") -> None:
@@ -115,7 +126,7 @@ def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
   config.sample.batch, config.method.minibatches = 64, 2
   config.train.steps, config.train.checkpoint_every, config.eval.every = 60, 15, 15
   config.optim.lr, config.optim.warmup = 3e-4, 4
-  if size in EMBEDDED:
+  if size in WITH_SIGNS:
     make_embedded(config, size)
     return
   config.train.patience, config.eval.batch = 0, 16          # the judge knows emoji scenes only
@@ -133,7 +144,7 @@ def make_at_inference(config: ml_collections.ConfigDict, size: str) -> None:
   """Sizes of what trains no weight (DNO, best-of-N, particles): images of few prompts."""
   config.train.patience = 0                     # the judge is reported, and stops nothing
   config.eval.every = 0
-  if size in EMBEDDED:
+  if size in WITH_SIGNS:
     make_embedded(config, size)
     config.eval.prompts, config.eval.samples, config.eval.batch = 24, 2, 48
   elif size in SMOKE:

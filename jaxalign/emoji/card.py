@@ -138,6 +138,31 @@ def training_of(runs: list[pathlib.Path]) -> dict:
   return out
 
 
+def record_of_training(folder: pathlib.Path, runs: str | None) -> dict:
+  """What training.json in a model's folder says; `runs`, two folders with a comma between, is read
+  first and kept there.
+
+  Raises:
+    UserError: there is no record and no run is named.
+  """
+  kept = folder / "training.json"
+  if runs:
+    kept.write_text(json.dumps(training_of([pathlib.Path(r) for r in runs.split(",")]),
+                               indent=2) + "\n")
+  if not kept.exists():
+    raise UserError(f"{kept}: missing; name the two run folders by --runs")
+  return json.loads(kept.read_text())
+
+
+def made(training: dict) -> str:
+  """The runs that made a model, a line each."""
+  return "\n".join(
+      f"- **{key}**: `python -m jaxalign.launch --config=jaxalign:{run['recipe']}`, seed "
+      f"{run['seed']}: {run['steps']:,} steps of {run['batch']} pictures, "
+      f"{run['seconds'] / 3600:.2f} hours of training on {run['device']}."
+      for key, run in training.items())
+
+
 def percent(figure: dict) -> str:
   """A share with its interval."""
   return (f"{100 * figure['mean']:.1f} % ({100 * figure['low']:.1f} to "
@@ -161,15 +186,10 @@ def card(name: str, result: dict, training: dict, pipeline) -> str:
   rows = "\n".join(f"| {words} | " + " | ".join(
       percent(result[group][key]) for group in ("trained", "new", "real")) + " |"
       for key, words in WORDS.items())
-  made = "\n".join(
-      f"- **{key}**: `python -m jaxalign.launch --config=jaxalign:{run['recipe']}`, seed "
-      f"{run['seed']}: {run['steps']:,} steps of {run['batch']} pictures, "
-      f"{run['seconds'] / 3600:.2f} hours of training on {run['device']}."
-      for key, run in training.items())
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
   text = {key: pipeline.params[key] for key in pipeline.text_encoders}
   return template.substitute(
-      title=TITLES[name], name=name, made=made, rows=rows, bars=bars(result), shown=SHOWN,
+      title=TITLES[name], name=name, made=made(training), rows=rows, bars=bars(result), shown=SHOWN,
       images=result["images"], steps=result["steps"], guidance=f"{result['guidance']:g}",
       packages=", ".join(f"`{package.spec}`" for package in PACKAGES.values()),
       subjects=len(scenes.SUBJECTS), denoiser=count(pipeline.params[pipeline.denoiser_name]),
@@ -186,18 +206,13 @@ def main(argv=None) -> None:
   parser.add_argument("--runs", help="two run folders, comma between: autoencoder and model")
   args = parser.parse_args(argv)
   sharding.use_cores()
-  kept = args.model / "training.json"
-  if args.runs:
-    kept.write_text(json.dumps(training_of([pathlib.Path(r) for r in args.runs.split(",")]),
-                               indent=2) + "\n")
-  if not kept.exists():
-    raise UserError(f"{kept}: missing; name the two run folders by --runs")
+  training = record_of_training(args.model, args.runs)
   if args.model.name not in TITLES:
     raise UserError(f"--model={args.model}: the card knows {', '.join(TITLES)}")
   pipeline = load_pipeline(args.model)
   result = measure(pipeline, quality.world(args.artwork), args.model)
   (args.model / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
-  text = card(args.model.name, result, json.loads(kept.read_text()), pipeline)
+  text = card(args.model.name, result, training, pipeline)
   (args.model / "README.md").write_text(text)
   print(text)
 

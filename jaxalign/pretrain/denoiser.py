@@ -120,8 +120,6 @@ def make(cfg, content: Content) -> Task:
   pipeline = Pipeline.build(configs, {
       name: content.tokenizer for name, entry in configs["model_index"].items()
       if name.startswith("tokenizer") and entry[0]})
-  if "quant_conv" not in pipeline.params["vae"]:      # 1 x 1 identities, which some layouts lack
-    vae_params = {name: vae_params[name] for name in pipeline.params["vae"]}
   trained = (pipeline.denoiser_name, *pipeline.text_encoders)
   schedule, fixed = Schedule.from_config(pipeline.scheduler_config), latents.load()
   empty = content.tokenizer([""])

@@ -66,7 +66,11 @@ def stable_diffusion(tokenizer: Tokenizer, vae: dict, *, widths, text_width: int
 def stable_diffusion_3(tokenizer: Tokenizer, vae: dict, *, width: int, layers: int, dual: int,
                        patch: int, text_width: int, text_layers: int) -> dict[str, dict]:
   """`StableDiffusion3Pipeline` without T5: a transformer of the flow, `dual` of whose layers, from
-  the first, attend to the picture twice, as in 3.5 medium."""
+  the first, attend to the picture twice, as in 3.5 medium.
+
+  Its autoencoder keeps the quant convolutions that Stable Diffusion 3's lacks: they are identities,
+  and one file serves all embedded models.
+  """
   clip = ["transformers", "CLIPTextModelWithProjection"]
   side, second = _side(vae), min(_SECOND, text_width)
   return {
@@ -90,7 +94,7 @@ def stable_diffusion_3(tokenizer: Tokenizer, vae: dict, *, width: int, layers: i
           "pooled_projection_dim": text_width + second, "pos_embed_max_size": side // patch,
           "dual_attention_layers": list(range(dual)), "qk_norm": "rms_norm",
       },
-      "vae": {**vae, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0},
+      "vae": {**vae, "shift_factor": 0.0},
       "text_encoder": _text_encoder(tokenizer, text_width, text_layers, clip[1], "quick_gelu"),
       "text_encoder_2": _text_encoder(tokenizer, second, 2, clip[1], "gelu"),
   }

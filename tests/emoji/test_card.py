@@ -7,12 +7,12 @@ import pytest
 
 import worlds
 from jaxalign.convert import load_pipeline
-from jaxalign.emoji import card, quality, scenes
+from jaxalign.emoji import card, quality, scenes, sign_card
 from jaxalign.emoji.scorers import ASSETS, scene_judge
 from jaxalign.errors import UserError
 from jaxalign.pretrain import onestep
 
-MODELS = [name for name in card.TITLES if (ASSETS / name).is_dir()]
+MODELS = list(card.TITLES)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -24,9 +24,28 @@ def test_shipped_card_is_made_from_its_files(name):
   assert result["images"] == 3 * card.EACH and set(training) == {"autoencoder", "model"}
 
 
-def test_shipped_weights_are_small():
-  sizes = [file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()]
-  assert sum(sizes) < 60e6
+def test_shipped_weights_are_small_and_the_autoencoder_is_stored_once():
+  files = {file.resolve() for file in ASSETS.rglob("*.safetensors")}
+  assert sum(file.stat().st_size for file in files) < 60e6
+  own = ASSETS / "emoji" / "vae" / "diffusion_pytorch_model.safetensors"
+  for name in ("emoji_onestep", "emoji_sd3", "signs"):
+    assert (ASSETS / name / "vae" / own.name).samefile(own)
+    assert load_pipeline(ASSETS / name, shapes_only=True).vae.config == load_pipeline(
+        ASSETS / "emoji", shapes_only=True).vae.config
+
+
+def test_shipped_card_of_signs_is_made_from_its_files():
+  result, training = (json.loads((ASSETS / "signs" / f"{file}.json").read_text())
+                      for file in ("quality", "training"))
+  assert sign_card.text(result, training, load_pipeline(ASSETS / "signs")) == (
+      ASSETS / "signs" / "README.md").read_text()
+
+
+def test_readers_find_words_on_real_signs():
+  captions = ['a sign that says "CAT" on a red background', 'a sign that says "AB" on a white background']
+  pictures = sign_card.real(load_pipeline(ASSETS / "signs"), captions)
+  found = {name: share["mean"] for name, share in sign_card.readings(pictures, captions).items()}
+  assert found["letters"] == found["ocr_exact"] == 1
 
 
 def test_shipped_one_step_card_is_made_from_its_files():

@@ -41,6 +41,48 @@ def in_torch(pixels, prompts, network):
   near = (pixels - length[:, None, None, None]).square().mean((1, 2, 3))
   return (network["net"](pixels).tanh().mean((2, 3)) * network["head"]).sum(1) - near
 '''
+# The network of the reward `scene_clip` in transformers' towers, from the same file of weights.
+COPY = '''
+import json
+import re
+
+import numpy as np
+import safetensors.numpy
+import torch
+import transformers
+
+from jaxalign.config.places import ASSETS
+from jaxalign.models.tokenizer import Tokenizer
+
+FOLDER = ASSETS / "scene_clip"
+
+def tower(name, model):
+  state = {}
+  for path, leaf in safetensors.numpy.load_file(FOLDER / "model.safetensors").items():
+    if path.startswith(f"{name}."):
+      leaf = torch.tensor(leaf.astype(np.float32))
+      if path.endswith(".kernel"):
+        leaf = leaf.permute(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+      path = re.sub(r"[.](kernel|scale|embedding)$", ".weight", path.removeprefix(f"{name}."))
+      state[path] = leaf
+  model.load_state_dict(state)
+  return model
+
+def load(device):
+  config = json.loads((FOLDER / "config.json").read_text())["model"]
+  text = transformers.CLIPTextModelWithProjection(
+      transformers.CLIPTextConfig(**config["text_config"]))
+  vision = transformers.CLIPVisionModelWithProjection(
+      transformers.CLIPVisionConfig(**config["vision_config"]))
+  return tower("text", text), tower("vision", vision), Tokenizer.load(FOLDER)
+
+def scene_clip(pixels, prompts, network):
+  text, vision, tokenizer = network
+  assert pixels.shape[2:] == (vision.config.image_size,) * 2
+  words = text(torch.tensor(np.asarray(tokenizer(prompts))).long()).text_embeds
+  image = vision(2 * pixels - 1).image_embeds
+  return torch.nn.functional.cosine_similarity(image, words)
+'''
 STEPS = 3
 
 
@@ -105,3 +147,20 @@ def test_as_in_jax(tmp_path, scorers, name, strong):
   np.testing.assert_allclose(rewards, found["in_jax"][0], atol=1e-4)
   assert np.ptp(rewards) > 1e-3, rewards             # it moves, so that this says something
   assert rows == cost and found["in_jax"][1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, strong", [
+    ("draft", dict(method__backprop_steps=1, optim__lr=0.01)),
+    ("nabla_gfn", dict(optim__lr=0.01, method__strata=2, method__perturbations=1)),
+    ("dno", dict(optim__lr=0.1)),
+])
+def test_the_embedded_model_as_in_jax(tmp_path, scorers, name, strong):
+  pytest.importorskip("transformers")
+  (tmp_path / "copy.py").write_text(COPY)
+  small = dict(mesh__data=2, sample__batch=4, sample__steps=4, optim__warmup=0,
+               optim__decay_steps=0, **strong)
+  found = [climb(runs.smoke(name, "emoji", reward__names=(reward,), **small), scorers)[0]
+           for reward in ("scene_clip", f"{tmp_path}/copy.py:scene_clip")]
+  np.testing.assert_allclose(*found, atol=1e-4)
+  assert np.ptp(found[1]) > 1e-3 and len(scorers) == 1, found
