@@ -128,6 +128,10 @@ def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
   config.optim.lr, config.optim.warmup = 3e-4, 4
   if size in WITH_SIGNS:
     make_embedded(config, size)
+    if size == "signs":                         # many words a batch, of which few are right at first
+      config.model.adapter = "full"
+      config.sample.batch, config.sample.steps, config.method.levels = 256, 8, 2
+      config.train.steps = 45
     return
   config.train.patience, config.eval.batch = 0, 16          # the judge knows emoji scenes only
   if size == "sd35":

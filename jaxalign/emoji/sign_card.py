@@ -27,7 +27,8 @@ from jaxalign.rewards import ocr
 COUNT, SHOWN, SEED = 256, 96, 3
 GUIDANCES = (1.0, quality.GUIDANCE)
 GROUPS = {"trained": "words whose letters training had at these places",
-          "signs_train": "`signs_train`, for alignment", "signs_heldout": "`signs_heldout`, for tests"}
+          "signs_train": "`signs_train`, for alignment",
+          "signs_heldout": "`signs_heldout`, for tests"}
 READERS = {"ocr_exact": "PP-OCRv4 (`ocr_exact`)", "ocr_judge": "Tesseract (`ocr_judge`)",
            "letters": "this package's rule, by letter shapes"}
 
@@ -78,7 +79,7 @@ def measure(pipeline, folder: pathlib.Path) -> dict:
 
 def text(result: dict, training: dict, pipeline) -> str:
   """The text of README.md."""
-  count = lambda *names: f"{sum(a.size for a in jax.tree.leaves([pipeline.params[n] for n in names])):,}"
+  size = lambda name: sum(leaf.size for leaf in jax.tree.leaves(pipeline.params[name]))
   rows = "\n".join(
       f"| {said} | {READERS[reader]} | " + " | ".join(
           card.percent(result[group][kind][reader])
@@ -87,8 +88,8 @@ def text(result: dict, training: dict, pipeline) -> str:
   template = string.Template(pathlib.Path(__file__).with_suffix(".md").read_text())
   return template.substitute(
       rows=rows, made=card.made(training), shown=SHOWN, steps=quality.STEPS, words=COUNT,
-      guidance=f"{quality.GUIDANCE:g}", denoiser=count(pipeline.denoiser_name),
-      text=count(*pipeline.text_encoders))
+      guidance=f"{quality.GUIDANCE:g}", denoiser=f"{size(pipeline.denoiser_name):,}",
+      text=f"{sum(map(size, pipeline.text_encoders)):,}")
 
 
 def main(argv=None) -> None:
