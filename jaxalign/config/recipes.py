@@ -128,7 +128,7 @@ def make_forward_process(config: ml_collections.ConfigDict, size: str) -> None:
   config.optim.lr, config.optim.warmup = 3e-4, 4
   if size in WITH_SIGNS:
     make_embedded(config, size)
-    if size == "signs":                         # many words a batch, of which few are right at first
+    if size == "signs":                       # many words a batch, of which few are right at first
       config.model.adapter = "full"
       config.sample.batch, config.sample.steps, config.method.levels = 256, 8, 2
       config.train.steps = 45
