@@ -2,8 +2,8 @@
 
 Every program of the recipe is compiled for the slice by libtpu, from shapes alone: XLA's own buffer
 assignment says what a chip holds, its cost analysis what it computes. For a GPU, of which no
-compiler can be had without one, the same program is compiled for one CPU device; its buffers are an
-estimate of the GPU's.
+compiler can be had without one, the same program is compiled for one chip of a v5p, whose attention
+needs no matrix of scores either; its buffers are an estimate of the GPU's.
 """
 import dataclasses
 import math
@@ -79,6 +79,28 @@ def plan(cfg: Config, target: str, thorough: bool = False) -> str:
   if cfg.at_inference:
     raise UserError(f"--plan: method.name={cfg.method_name!r} trains no weights; only training is "
                     "planned")
+  exp, state, needs = compiled(cfg, devices, target, thorough)
+  lines = [describe(cfg, target, chip, exp, state, needs, thorough), "",
+           *advice(cfg, chip, exp, needs)]
+  for _ in range(2):        # memory is not quite proportional to samples: the second try knows how
+    smaller = with_micro_batches(cfg, chip, exp, needs)
+    if smaller is None:
+      break
+    _, _, again = compiled(smaller, devices, target, thorough, ("update",))
+    cfg, needs = smaller, {**needs, **again}
+    fits = again["update"].bytes <= chip.memory
+    lines.append(
+        f"--config.optim.accumulate={cfg.optim.accumulate}: update needs "
+        f"{again['update'].bytes / GIB:.2f} GiB with micro-batches of "
+        f"{cfg.sample.batch // cfg.parts} samples and {'fits' if fits else 'does not fit'} "
+        f"(compiled in {again['update'].seconds:.0f} s).")
+    if fits:
+      break
+  return "\n".join(lines)
+
+
+def compiled(cfg: Config, devices, target: str, thorough: bool, only=()):
+  """The run's `Experiment`, shapes of its state and the `Need` of each program, or of `only`."""
   exp = build(cfg, devices, open_pipeline(cfg.model.path, cfg.model.dtype, cfg.model.remat,
                                           shapes_only=True))
   method = methods.make(cfg.method_name, exp.models, cfg.method, cfg.optim)
@@ -88,12 +110,12 @@ def plan(cfg: Config, target: str, thorough: bool = False) -> str:
   needs = {}
   with processes.progress(total=2, desc="tracing", unit="program", leave=False) as bar:
     traced = programs.traced(state)
-    for name in list(traced):
+    for name in only or list(traced):
       bar.set_description(f"compiling {name} for {target}")
       bar.refresh()
       needs[name] = measure(traced.pop(name), exp.mesh.size, thorough, held((exp.frozen, state)))
       bar.update()
-  return describe(cfg, target, chip, exp, state, needs, thorough)
+  return exp, state, needs
 
 
 def find_chips(target: str):
@@ -102,10 +124,16 @@ def find_chips(target: str):
   if kind == "gpu":
     if not size.isdecimal() or not int(size):
       raise UserError(f"--plan={target}: write gpu:80 for a GPU of 80 GB")
-    return Chip(int(size) * 1e9, math.nan, math.nan, math.nan), jax.devices("cpu")[:1]
+    return Chip(int(size) * 1e9, math.nan, math.nan, math.nan), described_chips(
+        f"--plan={target}", "v5p:1x1x1", chips_per_host_bounds=[1, 1, 1])
   if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", size):
     raise UserError(f"--plan={target}: write {', '.join(f'{name}:4x4' for name in CHIPS)} "
                     "(v4 and v5p have three dimensions), or gpu:80")
+  return CHIPS[kind], described_chips(f"--plan={target}", target)
+
+
+def described_chips(flag: str, topology: str, **options):
+  """Devices of a TPU slice that is not there, for its compiler."""
   # This machine is no TPU: do not look for one, do not say that none was found, and share the
   # compiler with other processes.
   for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
@@ -114,12 +142,11 @@ def find_chips(target: str):
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
   except Exception as error:                              # libtpu's own kinds
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"--plan={target}: no compiler for it ({reason}); `pip install libtpu` brings "
-                    "one") from error
-  return CHIPS[kind], devices
+    raise UserError(f"{flag}: no compiler for it ({reason}); `pip install libtpu` brings one, "
+                    "which no TPU is needed for") from error
 
 
 def outlined(exp: Experiment, method: methods.Method, prompts: list[str]) -> Programs:
@@ -257,7 +284,7 @@ def _itemsize(leaf) -> int:
 
 def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs,
              thorough: bool) -> str:
-  """The plan of measured `needs`, with what would make it fit."""
+  """The table of measured `needs`."""
   gib = lambda n: f"{n / GIB:.2f}"
   optimizer = {k: v for k, v in state.items() if "optimizer" in k}
   rest = {k: v for k, v in state.items() if k not in optimizer}
@@ -279,16 +306,16 @@ def describe(cfg: Config, target: str, chip: Chip, exp: Experiment, state, needs
                  f"{number(need.collective / 2**20, '.2f'):>17s}{number(1e3 * bound, '.3f'):>14s}"
                  f"{number(100 * mfu, '.1f') or '-':>12s} %{need.seconds:>11.0f} s")
   if target.startswith("gpu"):
-    lines += ["", "Estimated from XLA's buffers for one CPU device."]
+    lines += ["", "Estimated from XLA's buffers for one TPU chip, which are padded to its tiles."]
   elif not thorough:
     lines += ["", "Compiled with XLA's least effort; --plan_thorough compiles as a run does, which "
               "takes ten times as long and may find room for less temporary memory."]
-  return "\n".join([*lines, "", *advice(cfg, chip, exp, needs)])
+  return "\n".join(lines)
 
 
 def advice(cfg: Config, chip: Chip, exp: Experiment, needs) -> list[str]:
   """What to change where a program does not fit, the first thing that would do first."""
-  worst = max(needs.values(), key=lambda need: need.bytes)
+  name, worst = max(needs.items(), key=lambda item: item[1].bytes)
   if worst.bytes <= chip.memory:
     return [f"Fits, with {(chip.memory - worst.bytes) / GIB:.2f} GiB to spare."]
   fixed, moving = worst.arguments + worst.code, worst.temporary + worst.outputs
@@ -298,18 +325,40 @@ def advice(cfg: Config, chip: Chip, exp: Experiment, needs) -> list[str]:
             if exp.mesh.shape["fsdp"] < devices else
             "Parameters alone do not leave room, split over all chips: take a larger slice, or "
             "--config.model.adapter=lora."]
-  if cfg.model.remat == "none":
+  if cfg.model.remat == "none" and name == "update":
     return ["Activations do not fit: --config.model.remat=block keeps fewer of them."]
   if getattr(cfg.method, "serial", True) is False:
     return ["Activations do not fit: --config.method.serial=True takes reward gradients one after "
             "the other."]
-  # Temporary memory is taken as proportional to the batch.
-  part = cfg.sample.batch // cfg.parts
-  shards = sharding.batch_shards(exp.mesh) * cfg.group
-  fits = int(part * 0.95 * (chip.memory - fixed) / moving) // shards * shards
-  if not fits:
-    return ["Not even one sample per chip would fit: take a chip with more memory, or "
-            "--config.mesh.tensor=2."]
-  return [f"Activations do not fit: micro-batches of {fits} samples would "
-          f"(--config.optim.accumulate={math.ceil(cfg.sample.batch / fits)}, or a smaller "
-          "--config.sample.batch)."]
+  if name == "update" and cfg.sample.batch // cfg.parts > smallest(cfg, exp):
+    return ["Activations do not fit: smaller micro-batches would do, by --config.optim.accumulate, "
+            "or a smaller --config.sample.batch."]
+  if name == "collect" and cfg.sample.batch > smallest(cfg, exp):
+    fits = int(cfg.sample.batch * 0.95 * (chip.memory - fixed) / moving)
+    return [f"Samples are drawn all at once: about {max(fits, 1)} of them would fit "
+            f"(--config.sample.batch, and more --config.train.steps)."]
+  return ["Not even one sample per chip fits: take a chip with more memory, or "
+          "--config.mesh.tensor=2."]
+
+
+def smallest(cfg: Config, exp: Experiment) -> int:
+  """Samples of the smallest micro-batch."""
+  return sharding.batch_shards(exp.mesh) * cfg.group
+
+
+def with_micro_batches(cfg: Config, chip: Chip, exp: Experiment, needs) -> Config | None:
+  """The config with as many micro-batches as its update seems to need; None where that is no help.
+
+  Temporary memory is taken as proportional to the samples.
+  """
+  need = needs["update"]
+  part, least = cfg.sample.batch // cfg.parts, smallest(cfg, exp)
+  if need.bytes <= chip.memory or part <= least or cfg.model.remat == "none":
+    return None
+  room = 0.95 * (chip.memory - need.arguments - need.code)
+  wanted = max(int(part * room / (need.temporary + need.outputs)), least)
+  sizes = [size for size in range(least, part, least) if part % size == 0 and size <= wanted]
+  if not sizes:
+    return None
+  return dataclasses.replace(cfg, optim=dataclasses.replace(
+      cfg.optim, accumulate=cfg.optim.accumulate * part // max(sizes)))

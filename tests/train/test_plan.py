@@ -135,8 +135,9 @@ def need(arguments, temporary):
 @pytest.mark.parametrize("changes, arguments, temporary, words", [
     ({}, 4, 8, "Fits, with 4.00 GiB"),
     ({}, 4, 80, "model.remat=block"),
-    ({"model__remat": "block", "method__serial": True}, 4, 24, "micro-batches of 3 samples"),
-    ({"model__remat": "block", "method__serial": True}, 4, 400, "Not even one sample"),
+    ({"model__remat": "block", "method__serial": True}, 4, 24, "config.optim.accumulate"),
+    ({"model__remat": "block", "method__serial": True, "optim__accumulate": 4}, 4, 24,
+     "Not even one sample"),
     ({"model__remat": "block", "method__serial": False}, 4, 24, "config.method.serial=True"),
     ({}, 15.5, 8, "config.model.adapter=lora")])
 def test_advice(changes, arguments, temporary, words):
