@@ -65,7 +65,7 @@ def make_signs(seed: int = 0) -> dict[str, list[str]]:
   """The same of signs: captions of new words, none of them twice, in random colours."""
   generator, out = np.random.default_rng(seed), {}
   words = dict.fromkeys(signs.ask(2 * sum(WORDS.values()), generator, new=True))
-  words = [word for word in words if word != "SEX"]    # chance's, and nobody's on a sheet of samples
+  words = [word for word in words if word != "SEX"]     # not on a sheet of samples
   for name, count in WORDS.items():
     chosen, words = words[:count], words[count:]
     out[f"signs_{name}"] = [
