@@ -76,6 +76,7 @@ def make_embedded(config: ml_collections.ConfigDict, size: str) -> None:
     config.data.prompts, config.data.eval_prompts = "jaxalign:signs_train", "jaxalign:signs_heldout"
     config.reward.names = ("ocr",)
     config.eval.judge, config.eval.features = "ocr_judge", "scene_judge"
+    config.eval.prompts, config.eval.samples = 128, 2
     config.train.patience = 0               # the judge is reported, and stops nothing
 
 
