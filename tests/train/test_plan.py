@@ -136,7 +136,7 @@ def need(arguments, temporary):
     ({}, 4, 8, "Fits, with 4.00 GiB"),
     ({}, 4, 80, "model.remat=block"),
     ({"model__remat": "block", "method__serial": True}, 4, 24, "config.optim.accumulate"),
-    ({"model__remat": "block", "method__serial": True, "optim__accumulate": 4}, 4, 24,
+    ({"model__remat": "block", "method__serial": True, "optim__accumulate": 8}, 4, 24,
      "Not even one sample"),
     ({"model__remat": "block", "method__serial": False}, 4, 24, "config.method.serial=True"),
     ({}, 15.5, 8, "config.model.adapter=lora")])
