@@ -147,6 +147,17 @@ def test_advice(changes, arguments, temporary, words):
   assert words in " ".join(plan.advice(cfg, plan.CHIPS["v5e"], exp, needs))
 
 
+@pytest.mark.parametrize("changes, temporary, accumulate", [
+    ({"model__remat": "block"}, 24, 4),        # room for 3 of 8 samples: micro-batches of 2
+    ({"model__remat": "block"}, 400, 8), ({"model__remat": "block"}, 8, None), ({}, 24, None),
+    ({"model__remat": "block", "optim__accumulate": 8}, 24, None)])
+def test_micro_batches_that_seem_to_fit(changes, temporary, accumulate):
+  exp = type("Exp", (), {"mesh": CHIP})
+  needs = {"update": need(4 * plan.GIB, temporary * plan.GIB)}
+  found = plan.with_micro_batches(runs.smoke(**changes), plan.CHIPS["v5e"], exp, needs)
+  assert (found and found.optim.accumulate) == accumulate
+
+
 @pytest.mark.parametrize("name, counts", [
     ("sd15", {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}),
     ("sdxl", {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480,
