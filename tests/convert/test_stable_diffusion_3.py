@@ -130,6 +130,8 @@ def test_autoencoder_equals_diffusers(loaded):
 @pytest.mark.parametrize("t5, size", [(True, (16, 16)), (False, (24, 16))])
 def test_guided_sample_equals_diffusers(loaded, t5, size):
   """Eight steps of Euler's method on levels that are shifted twice at their small end."""
+  if not t5:
+    pytest.importorskip("diffusers", "0.36", reason="before 0.36 a missing T5 is 77 rows, not 256")
   pipeline, theirs = loaded(t5)
   pipeline = pipeline.resized(*size)
   latents = normal(2, *pipeline.latent_shape)
@@ -241,7 +243,7 @@ def test_a_checkpoints_own_position_table_counts(folders, tmp_path):
 def test_adapters_both_ways(folders, loaded, tmp_path):
   """PEFT's names with the prefix `transformer.`; all layers of both targets."""
   torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-  pipeline, _ = loaded(False)
+  pipeline, _ = loaded(True)
   targets = pipeline.adapter_targets(("attention", "ff"))
   adapter = lora.init(jax.random.key(0), pipeline.weights, 3, targets)
   adapter = jax.tree.map(lambda a: np.asarray(a) + 0.1 * normal(*a.shape), adapter)
@@ -253,7 +255,7 @@ def test_adapters_both_ways(folders, loaded, tmp_path):
   latents = normal(2, 8, 8, 16)
   ours = sample(pipeline, latents, {**pipeline.variables, "lora": adapter}, steps=2)
   assert np.abs(ours - sample(pipeline, latents, steps=2)).max() > 0.02
-  theirs = torch_pipeline(folders(False), False)
+  theirs = torch_pipeline(folders(True), True)
   theirs.load_lora_weights(tmp_path / "ours")
   close(torch_sample(theirs, latents, 2), ours, 1e-4)
   theirs.unload_lora_weights()

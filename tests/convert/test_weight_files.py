@@ -92,8 +92,8 @@ def test_float8_with_scales(folder, weights, scale, shape, beside):
   for name, content in beside.items():
     small[layer + name if name.startswith(".") else name] = (
         torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
-        if isinstance(content, str) else torch.zeros(
-            content[0], dtype=torch.float32 if content[1] == "f4" else torch.float8_e4m3fn))
+        if isinstance(content, str) else torch.zeros(content[0]).to(
+            torch.float32 if content[1] == "f4" else torch.float8_e4m3fn))
   safetensors.torch.save_file(small, folder / "unet" / NAME)
   # What ComfyUI multiplies: the weight as float32 by the scale as float32.
   expected = small[QUERY].float() * small[layer + scale].float()

@@ -119,12 +119,17 @@ def test_the_best_particle_is_not_the_tilt():
   assert image.mean() == pytest.approx(1.79, abs=0.03)
 
 
+def same_up_to_rounding(image, base):
+  """Two programs that draw the same samples: XLA may order the sums of each in its own way."""
+  np.testing.assert_allclose(image, np.asarray(base, np.float64)[:, 0], rtol=1e-6, atol=1e-6)
+
+
 def test_one_particle_is_the_base():
   models, batch = world(), analytic.make_batch(50)
   base = generate(models, models.frozen, draw(models, KEY, batch["sample_ids"]),
                   batch["conditioning"])
   _, _, _, image, _ = finished("L", size=50, particles=1)
-  np.testing.assert_array_equal(image, np.asarray(base, np.float64)[:, 0])
+  same_up_to_rounding(image, base)
 
 
 def test_without_strength_lineages_stay():
@@ -275,7 +280,7 @@ def test_one_candidate_is_the_base():
   base = generate(models, models.frozen, draw(models, KEY, batch["sample_ids"]),
                   batch["conditioning"])
   *_, image, _ = finished("L", 50, svdd, candidates=1)
-  np.testing.assert_array_equal(image, np.asarray(base, np.float64)[:, 0])
+  same_up_to_rounding(image, base)
 
 
 @pytest.mark.slow

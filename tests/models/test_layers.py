@@ -32,8 +32,9 @@ def test_gelu_is_exact():
   exact = both(lambda x: nn.gelu(x, approximate=False), x)
   same(both(layers.gelu, x), exact, 1e-6)
   erf = np.vectorize(math.erf)
-  np.testing.assert_allclose(layers.gelu(x), np.asarray(x, np.float64) * (
-      1 + erf(np.asarray(x, np.float64) / 2 ** 0.5)) / 2, rtol=0, atol=1e-6)
+  wide = np.asarray(x, np.float64)
+  error = layers.gelu(x) - wide * (1 + erf(wide / 2 ** 0.5)) / 2
+  assert np.all(np.abs(error) <= 2e-7 * np.abs(wide))          # erf to a rounding or two
   assert layers.gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
