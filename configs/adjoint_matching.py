@@ -19,11 +19,11 @@ from jaxalign.methods.adjoint_matching import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sd35"), PRESETS)
   config = recipes.default("adjoint_matching", "adjoint_matching:" + (arg or "emoji"))
   for preset in presets:
     config.method.update(PRESETS[preset])
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     recipes.make_embedded(config, size)
     config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.sample.batch = 16
@@ -32,6 +32,11 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 59
     if not presets:
       config.method.beta = 14.0                 # that of nabla_gfn.py
+    if size == "signs":                         # letters that a rule reads; two networks judge
+      config.reward.names, config.model.adapter = ("soft_word",), "full"
+      config.sample.batch, config.sample.guidance, config.sample.steps = 32, 1.0, 10
+      config.train.patience = 0
+      config.train.steps, config.optim.lr, config.optim.decay_steps = 80, 5e-4, 80
   elif size in recipes.SMOKE:
     recipes.make_smoke(config, size)
     config.method.strata = 2

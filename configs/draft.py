@@ -23,14 +23,19 @@ from jaxalign.methods.draft import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("draft", "draft:" + (arg or "emoji"))
-  if size in recipes.EMBEDDED:
+  if size in recipes.WITH_SIGNS:
     recipes.make_embedded(config, size)
     config.reward.names = ("soft_style_3d",)    # that of nabla_gfn.py
     config.method.backprop_steps = 5
     config.train.steps, config.train.checkpoint_every, config.eval.every = 36, 12, 12
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 5e-4, 4, 32
+    if size == "signs":                         # letters that a rule reads; two networks judge
+      config.reward.names, config.model.adapter = ("soft_word",), "full"
+      config.sample.guidance, config.sample.steps, config.method.backprop_steps = 1.0, 8, 8
+      config.sample.batch, config.train.patience = 32, 0
+      config.train.steps, config.optim.decay_steps = 48, 48
   elif size in recipes.SMOKE:
     recipes.make_smoke(config, size)
     config.method.backprop_steps = 2       # of its four steps

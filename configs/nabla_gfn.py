@@ -24,9 +24,9 @@ from jaxalign.methods.nabla_gfn import PRESETS
 
 def get_config(arg="emoji"):
   size, presets = recipes.split_argument(
-      arg, (*recipes.EMBEDDED, "quick", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
+      arg, (*recipes.WITH_SIGNS, "quick", *recipes.SMOKE, "sd15", "sdxl", "sd35"), PRESETS)
   config = recipes.default("nabla_gfn", "nabla_gfn:" + (arg or "emoji"))
-  if size in (*recipes.EMBEDDED, "quick"):
+  if size in (*recipes.WITH_SIGNS, "quick"):
     recipes.make_embedded(config, "emoji" if size == "quick" else size)
     # A house style: every drawing in 3-D, of which the base model draws few unless told to.
     config.reward.names = ("soft_style_3d",)
@@ -38,6 +38,11 @@ def get_config(arg="emoji"):
     config.optim.lr, config.optim.warmup, config.optim.decay_steps = 2e-3, 5, 48
     config.eval.prompts, config.eval.samples = 128, 2
     config.eval.watch_prompts, config.eval.watch_samples = 32, 2
+    if size == "signs":                         # letters that a rule reads; two networks judge
+      config.reward.names, config.model.adapter = ("soft_word",), "full"
+      config.method.gamma, config.sample.guidance = "one", 1.0
+      config.train.patience = 0
+      config.train.steps, config.optim.lr, config.optim.decay_steps = 80, 5e-4, 80
     if size == "quick":
       config.train.steps, config.train.checkpoint_every, config.eval.every = 12, 12, 6
       config.optim.warmup, config.optim.decay_steps = 2, 12
@@ -66,6 +71,6 @@ def get_config(arg="emoji"):
     config.method.update(PRESETS[preset])
   if size in recipes.SMOKE:
     config.method.strata = 2       # of its four steps
-  elif size not in (*recipes.EMBEDDED, "quick"):
+  elif size not in (*recipes.WITH_SIGNS, "quick"):
     config.method.minibatches = 1  # the batch is the fast setting's; those presets' is 16 times it
   return config

@@ -126,6 +126,7 @@ REWARDS = {
     "soft_scene_share": "jaxalign.emoji.checks:soft_scene_share",
     "soft_style_3d": "jaxalign.emoji.checks:soft_style_3d",
     "soft_subjects": "jaxalign.emoji.checks:soft_subjects",
+    "soft_word": "jaxalign.emoji.lettering:soft_word",
     "style_3d": "jaxalign.emoji.checks:style_3d",
     "subjects": "jaxalign.emoji.checks:subjects",
 }

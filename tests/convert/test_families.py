@@ -225,9 +225,11 @@ def test_export_is_what_was_read_and_loads_in_pytorch(folders, loaded, family, t
   for file in folders(family).rglob("*.safetensors"):
     mine = tmp_path / "export" / file.relative_to(folders(family))
     with safetensors.safe_open(file, "np") as a, safetensors.safe_open(mine, "np") as b:
-      assert set(a.keys()) == set(b.keys())
-      for name in a.keys():
-        np.testing.assert_array_equal(a.get_tensor(name), b.get_tensor(name))
+      # transformers 5 drops what begins all names of a text encoder, and reads both.
+      drop = 0 if set(a.keys()) & set(b.keys()) else len("text_model.")
+      assert set(a.keys()) == {name[drop:] for name in b.keys()}
+      for name in b.keys():
+        np.testing.assert_array_equal(a.get_tensor(name[drop:]), b.get_tensor(name))
   other = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "export")
   assert type(other) is type(theirs)
   other.set_progress_bar_config(disable=True)

@@ -92,7 +92,7 @@ class Reference:
 
   def score(self, x, prompts):
     """`x [B, 3, H, W]` in [0, 1]."""
-    tokenizer = transformers.BertTokenizer(self.folder / "vocab.txt")
+    tokenizer = transformers.BertTokenizer(str(self.folder / "vocab.txt"))
     text = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH,
                      return_tensors="pt")
     height, width, size = *x.shape[2:], self.size
@@ -162,7 +162,7 @@ def test_full_size(tmp_path):
 
 def test_prompts_become_the_tokens_of_bert(reference):
   prepared = make_reward((f"image_reward:{reference.folder}",), (1.0,)).prepare(PROMPTS)
-  theirs = transformers.BertTokenizer(reference.folder / "vocab.txt")(
+  theirs = transformers.BertTokenizer(str(reference.folder / "vocab.txt"))(
       PROMPTS, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
   np.testing.assert_array_equal(prepared["image_reward/ids"], theirs.input_ids)
   np.testing.assert_array_equal(prepared["image_reward/mask"], theirs.attention_mask)

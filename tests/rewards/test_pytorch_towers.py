@@ -85,7 +85,9 @@ def make_paligemma(folder):
                          projection_dim=32),
       text_config=dict(tower, model_type="gemma", vocab_size=len(vocabulary), head_dim=8,
                        num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-      image_token_index=vocabulary["<image>"], projection_dim=32, hidden_size=32)).eval()
+      image_token_index=vocabulary["<image>"], projection_dim=32, hidden_size=32,
+      # Of transformers 5 the other way takes rows without padding for causal ones.
+      attn_implementation="eager")).eval()
   for parameter in model.parameters():
     parameter.data.normal_(std=0.3)
   model.save_pretrained(folder)

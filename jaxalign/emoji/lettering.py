@@ -1,0 +1,67 @@
+"""`soft_word`: the log-probability that a sign says its word, with a gradient, by the letters' shapes.
+
+No network and no training: the posterior of a word, given a picture, under the model that signs are
+rendered by `signs.render` and that noise of standard deviation 1.5 falls on the share of ink of each
+pixel. Beforehand lengths of two to four, shifts of up to two pixels, and letters are alike. Given
+length and shift letters are independent, so that the sum over 475,228 words is one over letters.
+"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.emoji import signs
+from jaxalign.errors import UserError
+from jaxalign.rewards import Reward
+from jaxalign.rewards.ocr import quoted
+
+NOISE = 1.5                # a letter is 60 to 130 from nothing, squared, and an O 3 from a Q
+_SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
+_LENGTHS = range(2, signs.LONGEST + 1)
+
+
+def _prepare(prompts: list[str]) -> dict[str, np.ndarray]:
+  words = [quoted(prompt) for prompt in prompts]
+  for word, prompt in zip(words, prompts):
+    if len(word) not in _LENGTHS or not set(word) <= set(signs.LETTERS):
+      raise UserError(f"prompt {prompt!r}: the reward 'soft_word' reads words of two to four of the "
+                      "letters A to Z; the reward 'ocr' reads others")
+  return {"word": signs.spell(words)}
+
+
+def _ink(images):
+  """`[B, 64, 64]`: what share of each pixel is ink, by the colour of a picture's border."""
+  border = jnp.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], 1)
+  ground = jax.lax.stop_gradient(jnp.median(border, 1))
+  ink = jnp.asarray(signs.INKS)[(ground.mean(-1) < 0.55).astype(int)] - ground
+  share = ((images - ground[:, None, None]) @ ink[:, None, :, None])[..., 0]
+  return share / jnp.square(ink).sum(-1)[:, None, None]
+
+
+def score(params, images, prepared):
+  """`[B]` in (-inf, 0]: images `[B, 64, 64, 3]` in [0, 1], `word` `[B, 4]` of letters, -1 behind."""
+  if images.shape[1:3] != (signs.SIZE, signs.SIZE):
+    raise UserError(f"the reward 'soft_word' reads signs of {signs.SIZE} x {signs.SIZE} pixels, not "
+                    f"{images.shape[1]} x {images.shape[2]}")
+  word = prepared["word"]
+  glyphs = params["glyphs"].reshape(len(signs.LETTERS), -1)
+  ink = _ink(images)
+  unlike = lambda squares: -squares / (2 * NOISE ** 2)
+  ours, all_words = [], []
+  for count in _LENGTHS:
+    for down, right in _SHIFTS:
+      top = (signs.SIZE - signs.HEIGHT) // 2 + down
+      left = (signs.SIZE - signs.WIDTH * count) // 2 + right
+      box = ink[:, top:top + signs.HEIGHT, left:left + signs.WIDTH * count]
+      cells = box.reshape(len(box), signs.HEIGHT, count, signs.WIDTH).swapaxes(1, 2)
+      # Squares of (picture - word) but for the picture's own, which all words share.
+      letters = unlike(jnp.square(glyphs).sum(1) - 2 * cells.reshape(len(box), count, -1) @ glyphs.T)
+      letters -= np.log(len(signs.LETTERS))                                    # beforehand
+      chosen = jnp.take_along_axis(letters, word[:, :count, None].clip(0), -1)[..., 0].sum(1)
+      ours.append(jnp.where((word >= 0).sum(1) == count, chosen, -jnp.inf))
+      all_words.append(jax.nn.logsumexp(letters, -1).sum(1))
+  return jax.nn.logsumexp(jnp.stack(ours), 0) - jax.nn.logsumexp(jnp.stack(all_words), 0)
+
+
+def soft_word() -> Reward:
+  glyphs = signs.letters()[:-1]
+  return Reward("soft_word", {"glyphs": glyphs}, _prepare, score, "below 0, log-probability")
