@@ -6,6 +6,8 @@ Arguments after a colon, separated by commas:
   emoji    the embedded model, reward soft_style_3d, gradients through the last 5 of 20 steps
            (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, through all of eight steps, reward soft_word, judge ocr_judge
+           (docs/signs.md)
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     published settings for Stable Diffusion 1.x, small-scale runs; not measured here. Give

@@ -5,6 +5,7 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward soft_style_3d: drawings in 3-D (default)
   emoji_sd3    the same on the embedded transformer, a flow; not measured
+  signs    words on signs, reward soft_word, judge ocr_judge (docs/signs.md)
   quick    the same in a quarter of the steps, with looks and evaluations of half the prompts or
            less: to see a run from its beginning to its report, not to measure anything
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three

@@ -57,7 +57,7 @@ def split_argument(arg: str, sizes: tuple[str, ...], presets=()) -> tuple[str, l
 
 
 EMBEDDED = ("emoji", "emoji_sd3")
-WITH_SIGNS = (*EMBEDDED, "signs")           # of methods that take black boxes
+WITH_SIGNS = (*EMBEDDED, "signs")
 SMOKE = {"smoke": "jaxalign:fixture", "smoke_sd3": "jaxalign:fixture_sd3"}
 # Latent elements of a picture, of which densities and clip ranges are means.
 LATENTS = {**dict.fromkeys(WITH_SIGNS, 1024), **dict.fromkeys(SMOKE, 256), "sd15": 16384,

@@ -1,9 +1,9 @@
-"""`soft_word`: the log-probability that a sign says its word, with a gradient, by the letters' shapes.
+"""`soft_word`: log-probability that a sign says its word, with a gradient, by the letters' shapes.
 
-No network and no training: the posterior of a word, given a picture, under the model that signs are
-rendered by `signs.render` and that noise of standard deviation 1.5 falls on the share of ink of each
-pixel. Beforehand lengths of two to four, shifts of up to two pixels, and letters are alike. Given
-length and shift letters are independent, so that the sum over 475,228 words is one over letters.
+No network and no training: the posterior of a word, given a picture, under a model in which
+`signs.render` has drawn it and noise of standard deviation 1.5 falls on each pixel's share of ink.
+Beforehand lengths of two to four, shifts of up to two pixels, and letters are alike. Given length
+and shift the letters are independent, so that the sum over 475,228 words is one over letters.
 """
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ def _prepare(prompts: list[str]) -> dict[str, np.ndarray]:
   words = [quoted(prompt) for prompt in prompts]
   for word, prompt in zip(words, prompts):
     if len(word) not in _LENGTHS or not set(word) <= set(signs.LETTERS):
-      raise UserError(f"prompt {prompt!r}: the reward 'soft_word' reads words of two to four of the "
-                      "letters A to Z; the reward 'ocr' reads others")
+      raise UserError(f"prompt {prompt!r}: the reward 'soft_word' reads words of two to four "
+                      "capitals A to Z; the reward 'ocr' reads others")
   return {"word": signs.spell(words)}
 
 
@@ -38,28 +38,29 @@ def _ink(images):
 
 
 def score(params, images, prepared):
-  """`[B]` in (-inf, 0]: images `[B, 64, 64, 3]` in [0, 1], `word` `[B, 4]` of letters, -1 behind."""
+  """`[B]`, at most 0: images `[B, 64, 64, 3]` in [0, 1], `word` `[B, 4]` of letters, -1 behind."""
   if images.shape[1:3] != (signs.SIZE, signs.SIZE):
-    raise UserError(f"the reward 'soft_word' reads signs of {signs.SIZE} x {signs.SIZE} pixels, not "
-                    f"{images.shape[1]} x {images.shape[2]}")
+    raise UserError(f"the reward 'soft_word' reads signs of {signs.SIZE} x {signs.SIZE}, not "
+                    f"{images.shape[1]} x {images.shape[2]} pixels")
   word = prepared["word"]
-  glyphs = params["glyphs"].reshape(len(signs.LETTERS), -1)
+  glyphs = params["glyphs"].reshape(len(params["glyphs"]), -1)
   ink = _ink(images)
-  unlike = lambda squares: -squares / (2 * NOISE ** 2)
   ours, all_words = [], []
   for count in _LENGTHS:
-    for down, right in _SHIFTS:
-      top = (signs.SIZE - signs.HEIGHT) // 2 + down
-      left = (signs.SIZE - signs.WIDTH * count) // 2 + right
-      box = ink[:, top:top + signs.HEIGHT, left:left + signs.WIDTH * count]
-      cells = box.reshape(len(box), signs.HEIGHT, count, signs.WIDTH).swapaxes(1, 2)
-      # Squares of (picture - word) but for the picture's own, which all words share.
-      letters = unlike(jnp.square(glyphs).sum(1) - 2 * cells.reshape(len(box), count, -1) @ glyphs.T)
-      letters -= np.log(len(signs.LETTERS))                                    # beforehand
-      chosen = jnp.take_along_axis(letters, word[:, :count, None].clip(0), -1)[..., 0].sum(1)
-      ours.append(jnp.where((word >= 0).sum(1) == count, chosen, -jnp.inf))
-      all_words.append(jax.nn.logsumexp(letters, -1).sum(1))
-  return jax.nn.logsumexp(jnp.stack(ours), 0) - jax.nn.logsumexp(jnp.stack(all_words), 0)
+    top, left = (signs.SIZE - signs.HEIGHT) // 2, (signs.SIZE - signs.WIDTH * count) // 2
+    boxes = jnp.stack([ink[:, top + down:top + down + signs.HEIGHT,
+                           left + right:left + right + signs.WIDTH * count]
+                       for down, right in _SHIFTS])
+    cells = boxes.reshape(*boxes.shape[:3], count, signs.WIDTH).swapaxes(2, 3)
+    alike = cells.reshape(*cells.shape[:3], -1) @ glyphs.T
+    # Squares of (picture - word) but for the picture's own, which all words share.
+    squares = jnp.square(glyphs).sum(1)[None, None, None] - 2 * alike
+    letters = -squares / (2 * NOISE ** 2) - np.log(len(glyphs))          # [shifts, B, count, 26]
+    chosen = jnp.take_along_axis(letters, word[None, :, :count, None].clip(0), -1)[..., 0].sum(-1)
+    ours.append(jnp.where((word >= 0).sum(1)[None] == count, chosen, -jnp.inf))
+    all_words.append(jax.nn.logsumexp(letters, -1).sum(-1))
+  total = lambda parts: jax.nn.logsumexp(jnp.concatenate(parts), 0)
+  return total(ours) - total(all_words)
 
 
 def soft_word() -> Reward:

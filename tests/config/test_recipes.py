@@ -59,7 +59,8 @@ RECIPES = [
     for size in ("emoji", "smoke", "sdxl")),
   *(f"diff_instruct_star:emoji,{name}" for name in DI_PRESETS),
   *(f"{name}:{size}" for name in THIRTEEN for size in ("sd35", "smoke_sd3")),
-  *(f"{name}:signs" for name in ("awm", "b2_diffurl", "ddpo", "flow_grpo", "nft")),
+  *(f"{name}:signs" for name in ("adjoint_matching", "awm", "b2_diffurl", "ddpo", "draft",
+                                 "flow_grpo", "nabla_gfn", "nft")),
   *(f"{name}:emoji_sd3" for name in (*THIRTEEN, *OTHERS) if not name.startswith("diff_instruct")),
   *(f"{name}:{size}" for name in OTHERS
     for size in ("emoji", "smoke", "smoke_sd3", "sd15", "sd35")),
