@@ -5,7 +5,7 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, reward scene_clip as a black box (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
-  signs    words on signs, reward ocr, judge ocr_judge; not measured
+  signs    words on signs, reward ocr, judge ocr_judge (docs/signs.md)
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px, settings ours, for want of published ones; not measured.

@@ -7,7 +7,7 @@
 Arguments after a colon, separated by commas:
   emoji    the embedded model, yes/no reward scene (default); not measured
   emoji_sd3    the same on the embedded transformer, a flow; not measured
-  signs    words on signs, reward ocr_exact, judge ocr_judge; not measured
+  signs    words on signs, reward ocr_exact, judge ocr_judge (docs/signs.md)
   smoke, smoke_sd3    random-weight fixtures, a UNet and a flow-matching transformer, three
            updates, for tests
   sd15     Stable Diffusion 1.x at 512 px on 8 accelerators; not measured
