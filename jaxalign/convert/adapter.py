@@ -57,7 +57,7 @@ def save_adapter(lora, folder, denoiser: str = "unet", *, text_encoders=None,
     tensors |= {f"{network}.{module}.lora_{letter}.weight": x
                 for module, pair in own.items() for letter, x in zip("AB", pair)}
     # PEFT matches the end of a name; the text encoders of transformers 5 have none that begins so.
-    ranks = {module.removeprefix("text_model."): r for module, r in ranks.items()}
+    ranks = {lora_names.without_prefix(module): r for module, r in ranks.items()}
     other = {module: r for module, r in ranks.items() if r != rank}
     config = {"r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": other,
               "target_modules": sorted(ranks)}

@@ -48,6 +48,11 @@ def module_of(layer: str) -> str:
   return torch_name(f"{layer}/kernel").removesuffix(".weight")
 
 
+def without_prefix(module: str) -> str:
+  """The name that a text encoder's module has in transformers 5."""
+  return module.removeprefix("text_model.")
+
+
 class Layers:
   """The layers of some networks by every name that an adapter's file may have for them.
 
@@ -90,7 +95,7 @@ def _names(network: str, module: str, place, is_denoiser: bool) -> list[str]:
       r"\.self_attn\.(q|k|v|out)_proj$", r".self_attn.to_\1", module)
   if old != module:                        # the oldest names
     found += [f"{network}.{old}", *([old] if is_denoiser else [])]
-  return found
+  return found + [name.replace("text_model.", "", 1) for name in found if "text_model." in name]
 
 
 def _original(modules):
@@ -151,7 +156,8 @@ def pattern_value(where: str, patterns, module: str, default):
     plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if re.search(r"[^\w.\-]", plain):
       raise UserError(f"{where}: {json_like(key)} is not the name of a module")
-    if module == plain or (not key.startswith("^") and module.endswith(f".{plain}")):
+    if plain in (module, without_prefix(module)) or (
+        not key.startswith("^") and module.endswith(f".{plain}")):
       return value
   return default
 

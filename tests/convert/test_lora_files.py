@@ -210,9 +210,22 @@ def test_what_we_write_for_others(folder, pipeline, adapters, tmp_path, style):
         np.testing.assert_array_equal(state[f"{module}.lora_{letter}.default_0.weight"], x)
 
 
+def test_text_encoders_of_transformers_5(pipeline, adapters, tmp_path):
+  """Whose modules have no `text_model.` before them; diffusers then writes none either."""
+  file = save_adapter(adapters["unet"], tmp_path,
+                      text_encoders={"text_encoder": adapters["text_encoder"]})
+  tensors = {name.replace(".text_model.", "."): x
+             for name, x in safetensors.numpy.load_file(file).items()}
+  assert "text_encoder.encoder.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+  found = load_adapters(write(tmp_path / "short.safetensors", tensors), pipeline.params, "unet")
+  for network, tree in adapters.items():
+    assert_same(found[network], tree)
+
+
 def peft_folder(path, tree, prefix="base_model.model.", **config):
+  factors = tree if all(isinstance(pair, tuple) for pair in tree.values()) else torch_factors(tree)
   tensors = {f"{prefix}{module}.lora_{letter}.weight": x
-             for module, pair in torch_factors(tree).items() for letter, x in zip("AB", pair)}
+             for module, pair in factors.items() for letter, x in zip("AB", pair)}
   write(path / "adapter_model.safetensors", tensors)
   (path / "adapter_config.json").write_text(json.dumps(
       {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **config}))
@@ -230,6 +243,11 @@ def test_folder_of_peft(pipeline, adapters, tmp_path):
   found = load_adapters(tmp_path / "text", pipeline.params, "unet")
   assert found.keys() == {"text_encoder"}
   assert_same(found["text_encoder"], doubled(adapters["text_encoder"]))
+  short = {module.removeprefix("text_model."): pair for module, pair in
+           torch_factors(adapters["text_encoder"]).items()}
+  peft_folder(tmp_path / "short", short, alpha_pattern={f"^{module}$": 3 for module in short})
+  assert_same(load_adapters(tmp_path / "short", pipeline.params, "unet")["text_encoder"],
+              adapters["text_encoder"])
   key = rf"^{re.escape(Q)}$"                     # as PEFT anchors them
   for pattern in (key, Q, "attentions.0.transformer_blocks.0.attn1.to_q"):
     peft_folder(tmp_path / "alpha", adapters["unet"], alpha_pattern={pattern: 3},
