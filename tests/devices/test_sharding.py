@@ -143,8 +143,8 @@ def test_snapshot(name, all_shapes):
     spec = spec_for(path, leaf.shape, mesh)
     # Equal blocks of a deep network share a line.
     key = f"{re.sub(r'(?<=[_/])[0-9]+(?=/)', '*', path)} {list(leaf.shape)}"
-    found.setdefault(key, str(spec))
-    assert found[key] == str(spec)
+    text = str(spec).replace("PartitionSpec(", "P(")        # as newer versions of jax print it
+    assert found.setdefault(key, text) == text
   file = GOLDEN / f"{name}.json"
   if REFRESH:
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 """Pretraining of the embedded world: tasks, loop, resume, figures."""
+import inspect
 import json
 import pathlib
 
@@ -200,6 +201,8 @@ def test_muon_moves_hidden_kernels_and_adam_the_rest():
 
 def test_muon_is_that_of_optax():
   """In float64, where a rounding does not grow; what is left is that ours corrects in float32."""
+  if "consistent_rms" not in inspect.signature(contrib.muon).parameters:
+    pytest.skip("optax's Muon has no consistent_rms yet")
   with jax.enable_x64(True):
     key = jax.random.key(0)
     shapes = {"conv": (3, 3, 4, 8), "tall": (40, 8), "wide": (8, 16), "square": (8, 8),
