@@ -36,7 +36,6 @@ def get_config(arg="emoji"):
     if size == "signs":                         # letters that a rule reads; two networks judge
       config.reward.names, config.model.adapter = ("soft_word",), "full"
       config.sample.batch, config.sample.guidance, config.sample.steps = 32, 1.0, 10
-      config.train.patience = 0
       config.train.steps, config.optim.lr, config.optim.decay_steps = 80, 5e-4, 80
   elif size in recipes.SMOKE:
     recipes.make_smoke(config, size)

@@ -36,7 +36,7 @@ def get_config(arg="emoji"):
     if size == "signs":                         # letters that a rule reads; two networks judge
       config.reward.names, config.model.adapter = ("soft_word",), "full"
       config.sample.guidance, config.sample.steps, config.method.backprop_steps = 1.0, 8, 8
-      config.sample.batch, config.train.patience = 32, 0
+      config.sample.batch = 32
       config.train.steps, config.optim.decay_steps = 48, 48
   elif size in recipes.SMOKE:
     recipes.make_smoke(config, size)

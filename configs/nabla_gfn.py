@@ -42,7 +42,6 @@ def get_config(arg="emoji"):
     if size == "signs":                         # letters that a rule reads; two networks judge
       config.reward.names, config.model.adapter = ("soft_word",), "full"
       config.method.gamma, config.sample.guidance = "one", 1.0
-      config.train.patience = 0
       config.train.steps, config.optim.lr, config.optim.decay_steps = 80, 5e-4, 80
     if size == "quick":
       config.train.steps, config.train.checkpoint_every, config.eval.every = 12, 12, 6
