@@ -14,7 +14,7 @@ from jaxalign.errors import UserError
 from jaxalign.rewards import Reward
 from jaxalign.rewards.ocr import quoted
 
-NOISE = 1.5                # squared, letters are 74 to 133 from nothing, 12 or more apart, O from Q 3
+NOISE = 1.5              # letters, squared: 74 to 133 from nothing, 12 or more apart, O from Q 3
 _SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
 _LENGTHS = range(2, signs.LONGEST + 1)
 
