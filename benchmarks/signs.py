@@ -15,7 +15,7 @@ from jaxalign import viz
 from jaxalign.config.places import ASSETS
 from jaxalign.convert import load_pipeline
 from jaxalign.data.prompts import read_prompts
-from jaxalign.emoji import quality
+from jaxalign.emoji import quality, sign_card
 from jaxalign.metrics.samples import clustered_mean, paired_difference
 from jaxalign.rewards import ocr
 
@@ -27,26 +27,27 @@ COLUMNS = ("recipe, seed", "learns from", "updates", "pictures asked about", "PP
            "backgrounds right", "drift", "core minutes")
 
 
+def repeated(prompts: list[str]) -> list[str]:
+  return [prompt for prompt in prompts for _ in range(SAMPLES)]
+
+
 def draw(folder: pathlib.Path, prompts: list[str]) -> np.ndarray:
-  """`[P, SAMPLES, 64, 64, 3]` in [0, 1]."""
-  captions = [prompt for prompt in prompts for _ in range(SAMPLES)]
-  images = quality.draw(load_pipeline(folder), captions, guidance=1.0, label=folder.parent.name)
-  return images.reshape(len(prompts), SAMPLES, *images.shape[1:])
+  """`[P * SAMPLES, 64, 64, 3]` in [0, 1]."""
+  return quality.draw(load_pipeline(folder), repeated(prompts), guidance=1.0,
+                      label=folder.parent.name)
 
 
 def read(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
   """`[P, SAMPLES]` of 0 and 1 by reader."""
-  captions = [prompt for prompt in prompts for _ in range(SAMPLES)]
-  bytes_ = np.round(255 * images.reshape(-1, *images.shape[2:])).astype(np.uint8)
-  return {name: np.asarray(reader.score(bytes_, captions)).reshape(images.shape[:2])
-          for name, reader in (("ocr_exact", ocr.ocr_exact()), ("ocr_judge", ocr.ocr_judge()))}
+  return {name: np.reshape(right, (len(prompts), SAMPLES)).astype(float)
+          for name, right in sign_card.found(images, repeated(prompts)).items()}
 
 
 def framed(images: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """The first of each prompt, `[P, 70, 70, 3]`, in a frame, green where it is right."""
-  frame = np.where(right[:, 0, None, None, None] > 0.5, RIGHT, WRONG)
-  out = np.broadcast_to(frame, (len(images), 70, 70, 3)).copy()
-  out[:, 3:-3, 3:-3] = images[:, 0]
+  """The first of each of `SHOWN` prompts, `[SHOWN, 70, 70, 3]`, framed: green where it is right."""
+  frame = np.where(right[:SHOWN, 0, None, None, None] > 0.5, RIGHT, WRONG)
+  out = np.broadcast_to(frame, (SHOWN, 70, 70, 3)).copy()
+  out[:, 3:-3, 3:-3] = images[:SHOWN * SAMPLES:SAMPLES]
   return out
 
 
@@ -80,13 +81,13 @@ def main(argv=None) -> None:
   base = read(before, prompts)
   print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
   shown = args.shown.split(",") if args.shown else [run.name for run in args.runs[:3]]
-  pictures = {"base": framed(before[:SHOWN], base["ocr_exact"][:SHOWN])}
+  pictures = {"base": framed(before, base["ocr_exact"])}
   for run in args.runs:
     after = draw(run / "export", prompts)
     tuned = read(after, prompts)
     print(line(run, base, tuned), flush=True)
     if run.name in shown:
-      pictures[run.name.split("-")[0]] = framed(after[:SHOWN], tuned["ocr_exact"][:SHOWN])
+      pictures[run.name.split("-")[0]] = framed(after, tuned["ocr_exact"])
   viz.save_grid(np.stack(list(pictures.values())), DOCS / "images" / "signs.png", list(pictures),
                 [ocr.quoted(prompt) for prompt in prompts[:SHOWN]])
 

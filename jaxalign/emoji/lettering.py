@@ -28,15 +28,6 @@ def _prepare(prompts: list[str]) -> dict[str, np.ndarray]:
   return {"word": signs.spell(words)}
 
 
-def _ink(images):
-  """`[B, 64, 64]`: what share of each pixel is ink, by the colour of a picture's border."""
-  border = jnp.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], 1)
-  ground = jax.lax.stop_gradient(jnp.median(border, 1))
-  ink = jnp.asarray(signs.INKS)[(ground.mean(-1) < 0.55).astype(int)] - ground
-  share = ((images - ground[:, None, None]) @ ink[:, None, :, None])[..., 0]
-  return share / jnp.square(ink).sum(-1)[:, None, None]
-
-
 def score(params, images, prepared):
   """`[B]`, at most 0: images `[B, 64, 64, 3]` in [0, 1], `word` `[B, 4]` of letters, -1 behind."""
   if images.shape[1:3] != (signs.SIZE, signs.SIZE):
@@ -44,7 +35,7 @@ def score(params, images, prepared):
                     f"{images.shape[1]} x {images.shape[2]} pixels")
   word = prepared["word"]
   glyphs = params["glyphs"].reshape(len(params["glyphs"]), -1)
-  ink = _ink(images)
+  ink = signs.ink(images)
   ours, all_words = [], []
   for count in _LENGTHS:
     top, left = (signs.SIZE - signs.HEIGHT) // 2, (signs.SIZE - signs.WIDTH * count) // 2

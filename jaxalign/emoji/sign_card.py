@@ -41,14 +41,18 @@ def asked() -> dict[str, list[str]]:
           **{name: read_prompts("signs", f"jaxalign:{name}") for name in list(GROUPS)[1:]}}
 
 
-def readings(pictures, captions) -> dict[str, dict]:
-  """Shares of pictures `[n, 64, 64, 3]` in [0, 1] on which each of `READERS` finds the word."""
+def found(pictures, captions) -> dict[str, np.ndarray]:
+  """On which of the pictures `[n, 64, 64, 3]` in [0, 1] each of `READERS` finds the word, `[n]`."""
   words = [ocr.quoted(caption) for caption in captions]
   bytes_ = np.round(255 * np.asarray(pictures)).astype(np.uint8)
-  found = {"ocr_exact": ocr.ocr_exact().score(bytes_, captions),
-           "ocr_judge": ocr.ocr_judge().score(bytes_, captions),
-           "letters": [a == b for a, b in zip(signs.read(pictures), words)]}
-  return {name: quality.share(right) for name, right in found.items()}
+  return {"ocr_exact": ocr.ocr_exact().score(bytes_, captions),
+          "ocr_judge": ocr.ocr_judge().score(bytes_, captions),
+          "letters": np.equal(signs.read(pictures), words)}
+
+
+def readings(pictures, captions) -> dict[str, dict]:
+  """Shares of the pictures on which each of `READERS` finds the word."""
+  return {name: quality.share(right) for name, right in found(pictures, captions).items()}
 
 
 def real(pipeline, captions) -> np.ndarray:

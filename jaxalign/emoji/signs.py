@@ -116,19 +116,28 @@ def render(words, rgb, shift):
   return rgb[:, None, None] * (1 - cover) + ink[:, None, None] * cover
 
 
+def ink(pictures):
+  """What share of each pixel is ink, `[B, 64, 64]`, by the colour of the border.
+
+  Args:
+    pictures: `[B, 64, 64, 3]` in [0, 1].
+  """
+  border = jnp.concatenate(
+      [pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1]], 1)
+  ground = jax.lax.stop_gradient(jnp.median(border, 1))
+  change = jnp.asarray(INKS)[(ground.mean(-1) < 0.55).astype(int)] - ground
+  share = ((pictures - ground[:, None, None]) @ change[:, None, :, None])[..., 0]
+  return share / jnp.square(change).sum(-1)[:, None, None]
+
+
 def read(pictures) -> list[str]:
   """The words on `[B, 64, 64, 3]` in [0, 1], by the nearest letters; "?" for what is none.
 
   By rule, for signs in the middle of a picture or up to two pixels away; what a recogniser that was
   trained on real signs makes of them is another matter.
   """
-  pictures, glyphs = np.asarray(pictures, np.float32), letters()[:-1].reshape(len(LETTERS), -1)
-  border = np.concatenate([pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1]],
-                          1)
-  ground = np.median(border, 1)
-  ink = INKS[(ground.mean(-1) < 0.55).astype(int)] - ground
-  cover = ((pictures - ground[:, None, None]) @ ink[:, None, :, None])[..., 0]
-  cover = (cover / np.square(ink).sum(-1)[:, None, None]).clip(0, 1)
+  glyphs = letters()[:-1].reshape(len(LETTERS), -1)
+  cover = np.asarray(ink(jnp.asarray(pictures, jnp.float32))).clip(0, 1)
   energy, best, words = np.square(cover).sum((1, 2)), np.full(len(cover), np.inf), [""] * len(cover)
   for count in range(1, LONGEST + 1):
     for down in range(-2, 3):

@@ -222,10 +222,9 @@ def test_text_encoders_of_transformers_5(pipeline, adapters, tmp_path):
     assert_same(found[network], tree)
 
 
-def peft_folder(path, tree, prefix="base_model.model.", **config):
-  factors = tree if all(isinstance(pair, tuple) for pair in tree.values()) else torch_factors(tree)
-  tensors = {f"{prefix}{module}.lora_{letter}.weight": x
-             for module, pair in factors.items() for letter, x in zip("AB", pair)}
+def peft_folder(path, tree, prefix="base_model.model.", drop="", **config):
+  tensors = {f"{prefix}{module.removeprefix(drop)}.lora_{letter}.weight": x
+             for module, pair in torch_factors(tree).items() for letter, x in zip("AB", pair)}
   write(path / "adapter_model.safetensors", tensors)
   (path / "adapter_config.json").write_text(json.dumps(
       {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **config}))
@@ -243,9 +242,9 @@ def test_folder_of_peft(pipeline, adapters, tmp_path):
   found = load_adapters(tmp_path / "text", pipeline.params, "unet")
   assert found.keys() == {"text_encoder"}
   assert_same(found["text_encoder"], doubled(adapters["text_encoder"]))
-  short = {module.removeprefix("text_model."): pair for module, pair in
-           torch_factors(adapters["text_encoder"]).items()}
-  peft_folder(tmp_path / "short", short, alpha_pattern={f"^{module}$": 3 for module in short})
+  short = [module.removeprefix("text_model.") for module in torch_factors(adapters["text_encoder"])]
+  peft_folder(tmp_path / "short", adapters["text_encoder"], drop="text_model.",
+              alpha_pattern={f"^{module}$": 3 for module in short})
   assert_same(load_adapters(tmp_path / "short", pipeline.params, "unet")["text_encoder"],
               adapters["text_encoder"])
   key = rf"^{re.escape(Q)}$"                     # as PEFT anchors them

@@ -34,7 +34,7 @@ def test_equals_the_sum_over_all_words():
   images = pictures(["AC", "BAB", "CCBA"], noise=0.2)
   prior = np.array([-len(word) * np.log(3) for word in words])
   black, likelihood = np.zeros((len(words), 3)), []
-  ink = np.asarray(lettering._ink(images))
+  ink = np.asarray(signs.ink(images))
   for shift in SHIFTS:
     shifts = np.tile(shift, (len(words), 1))
     cover = np.asarray(signs.render(signs.spell(words), black, shifts))[..., 0]

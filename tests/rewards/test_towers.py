@@ -172,10 +172,10 @@ def test_crop_is_the_processors():
     ("hpsv2.1", lambda x: torch_letterbox(x, SIZE), False, "gelu"),
 ])
 def test_parity(name, fit, scaled, act, images, tmp_path):
-  model = make_clip(tmp_path, act)
+  model = make_clip(tmp_path, act, seed=1)
   scores, gradient = score_and_gradient(make_reward((f"{name}:{tmp_path}",), (1.0,)), images)
   expected, slope = with_gradient(reference(tmp_path, model, fit, scaled=scaled), images)
-  assert np.ptp(expected) > 0.01                # a thousand times what they may differ by
+  assert np.ptp(expected) > 0.05
   np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=1e-6)
   assert_gradient(gradient, slope)
 
